@@ -1,0 +1,7 @@
+"""Caches: what stays in memory. Stores hold entries; `LayerCache` is one layer's store with the methods' state."""
+
+from .dense import DenseStore
+from .layer import LayerCache
+from .store import Store
+
+__all__ = ["DenseStore", "LayerCache", "Store"]

@@ -1,0 +1,93 @@
+"""LayerCache: one layer's store, the methods' state beside it, and what the lazy compression needs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import CacheError
+from ..methods.base import LayerState
+from .dense import DenseStore
+from .store import Store
+
+
+class LayerCache:
+    """Attributes:
+    store: the entries, or None before the first append.
+    seen: real tokens each row has seen, evicted ones included (the next token's text position).
+    rows: per row, the state of prefill and compress. batch: the state of decode, over all rows.
+    tails: per row, the last queries of the prompt `[1, H, t, D]`, saved for `compress`.
+    pending: a multi-token call came since the last compression. evicted: entries were dropped.
+    """
+
+    def __init__(self) -> None:
+        self.store: Store | None = None
+        self.seen: list[int] = []
+        self.rows: list[LayerState] = []
+        self.batch = LayerState()
+        self.tails: list[Tensor | None] = []
+        self.pending = False
+        self.evicted = False
+
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None, counts: list[int] | None = None) -> None:
+        """Store new entries k, v `[B, G, n, D]`, padding (`valid` False) left out."""
+        b, n = k.shape[0], k.shape[2]
+        if self.store is None:
+            self.store = DenseStore.empty(k, v)
+            self.seen = [0] * b
+            self.rows = [LayerState() for _ in range(b)]
+            self.tails = [None] * b
+        if len(self.seen) != b:
+            raise CacheError(f"k: expected {len(self.seen)} batch rows like the cache, got {b}")
+        if counts is None:
+            counts = [n] * b if valid is None else valid.sum(-1).tolist()
+        self.store = self.store.append(k, v, valid, self.seen)
+        self.seen = [s + c for s, c in zip(self.seen, counts, strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the allocator gave for entries and side arrays."""
+        return 0 if self.store is None else self.store.nbytes
+
+    def save_tail(self, row: int, q: Tensor, rows: int) -> None:
+        """Keep the last `rows` queries of a row, across chunks. q `[1, H, n, D]`."""
+        if rows <= 0:
+            return
+        from torch import cat
+
+        old = self.tails[row]
+        joined = q[:, :, -rows:] if old is None else cat([old, q[:, :, -rows:]], 2)
+        self.tails[row] = joined[:, :, -rows:].clone()
+
+    def truncate(self, n: int) -> None:
+        """Forget the last n tokens. Raises CacheError once entries were evicted: the result would not be exact."""
+        if self.evicted:
+            raise CacheError(
+                "this cache has evicted entries, so it cannot be rolled back exactly; "
+                "use a recipe without a cache policy for assisted or speculative decoding"
+            )
+        if self.store is None:
+            return
+        self.store.truncate(n)
+        self.seen = [s - n for s in self.seen]
+        for state in (*self.rows, self.batch):
+            state.truncate(n)
+        self.tails = [None] * len(self.tails)
+
+    def reorder(self, index: Tensor) -> None:
+        """Row b becomes the old row index[b]. Rows never share mutable state afterwards."""
+        if self.store is None:
+            return
+        self.store.reorder(index)
+        order = index.tolist()
+        self.seen = [self.seen[i] for i in order]
+        self.rows = [self.rows[i].fork() for i in order]
+        self.tails = [self.tails[i] for i in order]
+        self.batch.reorder(index)
+
+    def fork(self) -> LayerCache:
+        """An independent copy, for asking several questions about one context."""
+        out = LayerCache()
+        out.store = None if self.store is None else self.store.fork()
+        out.seen, out.pending, out.evicted = list(self.seen), self.pending, self.evicted
+        out.rows, out.batch, out.tails = [r.fork() for r in self.rows], self.batch.fork(), list(self.tails)
+        return out

@@ -1,0 +1,291 @@
+"""attend(): one entry to every kernel. A flat dispatch that can explain itself."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, ShapeError, UnsupportedError, nearest
+from ..kv import KV
+from ..layout import Layout, Parts
+from ..merge import merge
+from .base import Want
+
+BACKENDS = {
+    "reference": "foveate.kernels.reference",
+    "sdpa": "foveate.kernels.sdpa",
+    "torch": "foveate.kernels.torch_gather",
+    "flex": "foveate.kernels.flex",
+    "triton": "foveate.kernels.triton",
+    "gluon": "foveate.kernels.gluon",
+}
+# Tried in this order; the first without a reason against it runs. `reference` is never chosen: it costs N x M.
+AUTO = {"cpu": ("sdpa", "flex", "torch"), "cuda": ("sdpa", "gluon", "triton", "torch")}
+_KINDS = ("dense", "paged", "ragged")
+_KV_FIELDS = ("len", "table", "offsets", "pos")
+
+
+def backend(name: str) -> ModuleType:
+    """The backend module of this name. Raises ConfigError for an unknown name."""
+    if name not in BACKENDS:
+        raise ConfigError(f"backend: unknown name {name!r}{nearest(name, BACKENDS)}; known: {', '.join(BACKENDS)}")
+    return importlib.import_module(BACKENDS[name])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of an explanation: a backend and the reason it cannot run (None: it can)."""
+
+    backend: str
+    reason: str | None
+
+
+def explain(q: Tensor, kv: KV | tuple[Tensor, Tensor], layout: Layout, want: Want | None = None) -> list[Choice]:
+    """Every backend `auto` considers for this call, in order, each with its reason against or None."""
+    view = KV.of(kv)
+    return [Choice(n, _reason(n, q, view, layout, want or Want())) for n in AUTO.get(q.device.type, ("torch",))]
+
+
+def _reason(name: str, q: Tensor, kv: KV, layout: Layout, want: Want) -> str | None:
+    try:
+        module = backend(name)
+    except ImportError as err:
+        return f"{name} is not installed here ({err})"
+    return module.supports(q, kv, layout, want)
+
+
+def choose(q: Tensor, kv: KV, layout: Layout, want: Want, name: str | None = None) -> ModuleType:
+    """The backend that will run. A named one that cannot is an UnsupportedError with its reason."""
+    if name is not None and name != "auto":
+        module = backend(name)
+        if (why := module.supports(q, kv, layout, want)) is not None:
+            raise UnsupportedError(f"backend {name!r} cannot serve this call: {why}")
+        return module
+    reasons = []
+    for candidate in AUTO.get(q.device.type, ("torch",)):
+        why = _reason(candidate, q, kv, layout, want)
+        if why is None:
+            return backend(candidate)
+        reasons.append(f"{candidate}: {why}")
+    raise UnsupportedError("no backend can serve this call: " + "; ".join(reasons))
+
+
+def attend(
+    q: Tensor,
+    kv: KV | tuple[Tensor, Tensor],
+    plan: Layout | Parts | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+    softcap: float | None = None,
+    backend: str | None = None,
+    strict: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Exact attention over exactly the pairs a plan names.
+
+    Args:
+        q: `[B, H, N, D]`, fp16, bf16, fp32 or fp64.
+        kv: a `KV` view or the pair (k `[B, G, M, D]`, v `[B, G, M, Dv]`); H % G == 0.
+        plan: a `Layout`, `Parts`, or None for dense causal attention with the queries last.
+        scale: softmax scale, 1/sqrt(D) by default.
+        softcap: c, logits become c * tanh(logit / c) before the entry bias.
+        return_lse: also return lse `[B, H, N]` (natural log; -inf for rows without keys, whose output is 0).
+        return_mass: also return the probability each entry received, summed over rows, `[B, H, M]`.
+        backend: a name, or None for the first that can (see `explain`).
+        strict: look for NaN and infinity in q, k, v first and name the tensor (one synchronisation).
+
+    Returns:
+        out `[B, H, N, Dv]`, or a tuple (out[, lse][, mass]). Differentiable in q, k, v and the bias through out and lse.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices that do not fit. UnsupportedError: no backend can run this, with reasons.
+    """
+    view = KV.of(kv)
+    _check(q, view, plan)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if strict:
+        _finite(q, view)
+    if isinstance(plan, Parts):
+        out, lse, mass = _attend_parts(q, view, plan, scale, return_lse, return_mass, softcap, backend)
+    else:
+        layout = plan if plan is not None else Layout.dense(*_dims(q, view))
+        out, lse, mass = _attend(q, view, layout, scale, return_lse, return_mass, softcap, backend)
+    extra = ([lse] if return_lse else []) + ([mass] if return_mass else [])
+    return (out, *extra) if extra else out  # type: ignore[return-value]
+
+
+def _dims(q: Tensor, kv: KV) -> tuple[int, int, int, int]:
+    return q.shape[0], q.shape[1], q.shape[2], kv.capacity
+
+
+def _check(q: Tensor, kv: KV, plan: Layout | Parts | None) -> None:
+    if q.dim() != 4:
+        raise ShapeError(f"q: expected 4 dimensions [B, H, N, D], got {list(q.shape)}")
+    b, g, m, d, _ = kv.shape
+    if q.shape[0] != b:
+        raise ShapeError(f"q: expected the batch size of kv, {b}, got {q.shape[0]}")
+    if g == 0 or q.shape[1] % g:
+        raise ShapeError(f"q: expected H to be a multiple of the {g} kv heads, got H = {q.shape[1]}")
+    if q.shape[-1] != d:
+        raise ShapeError(f"q: expected the head dim of k, {d}, got {q.shape[-1]}")
+    if min(q.shape) == 0 or m == 0:
+        raise ShapeError(f"expected at least one query and one key, got q {list(q.shape)} and M = {m}")
+    if q.dtype != kv.k.dtype:
+        raise ShapeError(f"q: expected the dtype of k, {kv.k.dtype}, got {q.dtype}")
+    if q.device != kv.device:
+        raise ShapeError(f"q: expected the device of k, {kv.device}, got {q.device}")
+    if not q.dtype.is_floating_point:
+        raise ShapeError(f"q: expected a floating point dtype, got {q.dtype}")
+    if isinstance(plan, Layout):
+        if plan.shape != _dims(q, kv):
+            raise ShapeError(f"plan: expected a layout of shape {_dims(q, kv)} (B, H, N, M), got {plan.shape}")
+    elif plan is not None and not isinstance(plan, Parts):
+        raise ShapeError(f"plan: expected a Layout, Parts or None, got {type(plan).__name__}")
+
+
+def _finite(q: Tensor, kv: KV) -> None:
+    live = kv.to_dense()
+    for name, t in (("q", q), ("k", live.k), ("v", live.v)):
+        if not bool(torch.isfinite(t).all()):
+            at = (~torch.isfinite(t)).nonzero()[0].tolist()
+            raise ShapeError(f"{name}: expected finite values, got {float(t[tuple(at)])} at {at}")
+
+
+def _attend_parts(q, kv, plan, scale, want_lse, want_mass, softcap, name):  # type: ignore[no-untyped-def]
+    if want_mass and any(p.kv is not None for p in plan.parts):
+        raise UnsupportedError("return_mass: parts with their own keys have no common entries to report mass on")
+    results, mass = [], None
+    for part in plan.parts:
+        pq, pkv = (q if part.q is None else part.q), (kv if part.kv is None else part.kv)
+        _check(pq, pkv, part.layout)
+        s = scale if part.scale is None else part.scale
+        results.append((*_attend(pq, pkv, part.layout, s, True, want_mass, softcap, name), part.gate))
+    if plan.combine == "gated":
+        out = sum(o * g[..., None].to(o.dtype) for o, _, _, g in results)
+        lse = torch.stack([r[1] for r in results]).logsumexp(0) if want_lse else None
+        mass = sum(r[2] for r in results) if want_mass else None
+        return out, lse, mass
+    out, lse = merge([(o, part_lse) for o, part_lse, _, _ in results])
+    if want_mass:
+        raise UnsupportedError("return_mass: ask the parts of an lse combination one by one")
+    return out, lse, mass
+
+
+def _attend(q, kv, layout, scale, want_lse, want_mass, softcap, name):  # type: ignore[no-untyped-def]
+    cap = float(softcap or 0.0)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, kv.k, kv.v, kv.bias))
+    want = Want(lse=want_lse, mass=want_mass, grad=grad, softcap=cap > 0)
+    if not grad and not torch.compiler.is_compiling():
+        return choose(q, kv, layout, want, name).forward(q, kv, layout, scale=scale, softcap=cap, want=want)
+    out, lse, mass = _operator(
+        q, kv.k, kv.v, kv.bias, _pack(kv, layout), _meta(kv, layout), scale, cap, name or "auto", want_mass
+    )
+    return out, lse, mass if want_mass else None
+
+
+# ---------------------------------------------------------------------- the operator (autograd, torch.compile)
+def _pack(kv: KV, layout: Layout) -> list[Tensor | None]:
+    return [*layout.tensors(), *(getattr(kv, n) for n in _KV_FIELDS)]
+
+
+def _meta(kv: KV, layout: Layout) -> list[int]:
+    return [*layout.meta(), _KINDS.index(kv.kind), kv.capacity]
+
+
+def _unpack(
+    k: Tensor, v: Tensor, bias: Tensor | None, index: Sequence[Tensor | None], meta: Sequence[int]
+) -> tuple[KV, Layout]:
+    cut = len(index) - len(_KV_FIELDS)
+    layout = Layout.from_tensors(index[:cut], meta[:-2])
+    kv = KV(k, v, _KINDS[meta[-2]], meta[-1], bias=bias, **dict(zip(_KV_FIELDS, index[cut:], strict=True)))
+    return kv, layout
+
+
+@torch.library.custom_op("foveate::attend", mutates_args=())
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    index: Sequence[Tensor | None],
+    meta: Sequence[int],
+    scale: float,
+    softcap: float,
+    backend: str,
+    want_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kv, layout = _unpack(k, v, bias, index, meta)
+    want = Want(lse=True, mass=want_mass, grad=False, softcap=softcap > 0)
+    module = choose(q, kv, layout, want, backend)
+    out, lse, mass = module.forward(q, kv, layout, scale=scale, softcap=softcap, want=want)
+    assert lse is not None
+    return out.contiguous(), lse.contiguous(), mass.contiguous() if want_mass else q.new_empty(0, dtype=torch.float32)
+
+
+@_operator.register_fake
+def _fake(q, k, v, bias, index, meta, scale, softcap, backend, want_mass):  # type: ignore[no-untyped-def]
+    b, h, n, _ = q.shape
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty(b, h, n, v.shape[-1])
+    lse = q.new_empty(b, h, n, dtype=acc)
+    return out, lse, q.new_empty((b, h, meta[-1]) if want_mass else (0,), dtype=torch.float32)
+
+
+@torch.library.custom_op("foveate::attend_backward", mutates_args=())
+def _backward_operator(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    index: Sequence[Tensor | None],
+    meta: Sequence[int],
+    scale: float,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kv, layout = _unpack(k, v, bias, index, meta)
+    module = importlib.import_module(BACKENDS.get(backend, BACKENDS["torch"]))
+    if not hasattr(module, "backward"):
+        module = importlib.import_module(BACKENDS["torch"])
+    dq, dk, dv, db = module.backward(dout, dlse, q, kv, layout, out, lse, scale=scale, softcap=softcap)
+    return dq, dk, dv, db if db is not None else q.new_empty(0, dtype=torch.float32)
+
+
+@_backward_operator.register_fake
+def _backward_fake(dout, dlse, q, k, v, bias, out, lse, index, meta, scale, softcap, backend):  # type: ignore[no-untyped-def]
+    db = torch.empty_like(bias) if bias is not None else q.new_empty(0, dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), db
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, bias, index, meta, scale, softcap, backend, _ = inputs
+    out, lse, _mass = output
+    tensors = [t for t in index if t is not None]
+    ctx.save_for_backward(q, k, v, bias, out, lse, *tensors)
+    ctx.present = [t is not None for t in index]
+    ctx.plain = (list(meta), scale, softcap, backend)
+
+
+def _grad(ctx, dout, dlse, _dmass):  # type: ignore[no-untyped-def]
+    q, k, v, bias, out, lse, *tensors = ctx.saved_tensors
+    it = iter(tensors)
+    index = [next(it) if there else None for there in ctx.present]
+    meta, scale, softcap, name = ctx.plain
+    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous()
+    dq, dk, dv, db = _backward_operator(dout, dlse, q, k, v, bias, out, lse, index, meta, scale, softcap, name)
+    return dq, dk, dv, db if bias is not None else None, [None] * len(index), None, None, None, None, None
+
+
+_operator.register_autograd(_grad, setup_context=_setup)

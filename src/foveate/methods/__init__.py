@@ -1,0 +1,1 @@
+"""Methods: one file each. `foveate.registry` lists them; `base` says what one is."""

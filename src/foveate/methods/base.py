@@ -1,0 +1,282 @@
+"""What a method is: a frozen dataclass that answers which pairs are worth computing, or which entries worth keeping.
+
+A method implements any of
+
+    plan(x, state) -> Layout | Parts | None     which pairs this call computes; None means dense
+    observe(x, out, lse, mass, state)           look at the result (declare `sees` to get lse and mass)
+    compress(x, state) -> Selection             which entries a cache keeps, once, after the prompt
+
+`x` is an `AttnInput`: everything about this call and nothing about the model. In prefill the batch is unpadded first:
+x holds one batch row (B = 1) whose first real token has position 0. In decode x holds all rows, one query each.
+State lives in three places: `state.layer` with the cache of this layer (and this row, in prefill and compress),
+`state.step` shared by all layers of one forward and then dropped, `state.run` for a whole generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, nearest
+from ..kv import KV
+from ..layout import Layout, Parts
+
+
+class Rope(Protocol):
+    """The model's own rotation, for methods that need keys or queries before it."""
+
+    def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
+        """Rotate x `[B, heads, n, D]` to positions `[B, n]`."""
+
+    def unrotate(self, x: Tensor, pos: Tensor) -> Tensor:
+        """The inverse of `rotate`."""
+
+
+@dataclass
+class LayerState(dict):  # type: ignore[type-arg]
+    """A method's memory beside one layer's cache: a dict that follows the cache through its operations.
+
+    On truncate, tensors and plain values are dropped (the method recomputes them from the cache); a value with
+    `truncate(n)`, `fork()` or `reorder(index)` handles these itself.
+    """
+
+    def truncate(self, n: int) -> None:
+        for key in list(self):
+            if hasattr(self[key], "truncate"):
+                self[key].truncate(n)
+            else:
+                del self[key]
+
+    def fork(self) -> LayerState:
+        out = LayerState()
+        for key, value in self.items():
+            out[key] = value.fork() if hasattr(value, "fork") else value.clone() if isinstance(value, Tensor) else value
+        return out
+
+    def reorder(self, index: Tensor) -> None:
+        for key, value in self.items():
+            if hasattr(value, "reorder"):
+                value.reorder(index)
+            elif isinstance(value, Tensor):
+                self[key] = value.index_select(0, index.to(value.device))
+
+
+@dataclass
+class State:
+    """Where a method keeps what it must remember."""
+
+    layer: LayerState = field(default_factory=LayerState)
+    step: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class AttnInput:
+    """One attention call, as a method sees it.
+
+    Attributes:
+        q: `[B, H, N, D]`, rotated queries. kv: the view of all stored entries, these N tokens included.
+        phase: "prefill" (N rows of one sequence) or "decode" (one query per row).
+        layer, layers: this layer's number and how many there are.
+        scale: softmax scale. softcap: or None.
+        start: position of the first query row (prefill). q_pos: int64 `[B, N]`.
+        rope: the model's rotation, if the adapter could supply it.
+        window: the model's own sliding window in this layer, or None; the runtime applies it on top of any plan.
+        note: call with a sentence worth telling the user (kept once per run).
+    """
+
+    q: Tensor
+    kv: KV
+    phase: str
+    layer: int
+    layers: int
+    scale: float
+    start: int = 0
+    q_pos: Tensor | None = None
+    softcap: float | None = None
+    rope: Rope | None = None
+    window: int | None = None
+    note: Callable[[str], None] = lambda text: None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, N, M), the shape a layout for this call has."""
+        return self.q.shape[0], self.q.shape[1], self.q.shape[2], self.kv.capacity
+
+    @property
+    def groups(self) -> int:
+        """G, the number of kv heads."""
+        return self.kv.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    def offset(self, block: int) -> int:
+        """q_offset of this call's first row in a grid of `block` rows anchored at position 0."""
+        return self.start % block
+
+    def dense(self) -> Layout:
+        return Layout.dense(*self.shape, q_pos=self.layout_pos())
+
+    def layout_pos(self) -> Tensor | None:
+        """q_pos for a layout of this call: None where the default (queries last) is right."""
+        return self.q_pos if self.kv.pos is not None else None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Entries a cache keeps, per batch row and kv head.
+
+    Attributes:
+        indices: int64 `[B, G, K]`, entry numbers, ascending; padded beyond the count with anything in range.
+        counts: int64 `[B, G]`, or None for K everywhere.
+        bias: float `[B, G, K]` added to the logits of kept entries, or None.
+        ring: (sink, window): keep that many first and last tokens from now on, in constant memory.
+    """
+
+    indices: Tensor
+    counts: Tensor | None = None
+    bias: Tensor | None = None
+    ring: tuple[int, int] | None = None
+
+    @staticmethod
+    def stack(rows: list[Selection]) -> Selection:
+        """One selection for a batch from one per row (B = 1 each)."""
+        if len(rows) == 1:
+            return rows[0]
+        widths = [r.indices.shape[-1] for r in rows]
+        ragged = len(set(widths)) > 1 or any(r.counts is not None for r in rows)
+        wide = max(widths)
+        indices = torch.cat([torch.nn.functional.pad(r.indices, (0, wide - w)) for r, w in zip(rows, widths, strict=True)])
+        counts = None
+        if ragged:
+            counts = torch.cat([r.full_counts() for r in rows])
+        bias = None
+        if any(r.bias is not None for r in rows):
+            none = [torch.zeros_like(r.indices, dtype=torch.float32) if r.bias is None else r.bias for r in rows]
+            bias = torch.cat([torch.nn.functional.pad(t, (0, wide - t.shape[-1])) for t in none])
+        return Selection(indices, counts, bias, rows[0].ring)
+
+    def full_counts(self) -> Tensor:
+        """int64 `[B, G]`, entries kept."""
+        if self.counts is not None:
+            return self.counts.long()
+        return torch.full(self.indices.shape[:2], self.indices.shape[2], device=self.indices.device)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: published hyperparameters as fields, facts about the method as class variables.
+
+    Class variables:
+        id: the registry id. roles: what it can serve as ("prefill", "decode", "cache").
+        selection: "causal" (a row's set does not depend on later tokens) or "prompt" (looks at the whole prompt).
+        share: "head" or "group", whether query heads of a group have their own lists.
+        needs: "nothing", "profile" or "weights". source: paper. tail: query rows `compress` wants (0: none).
+        sees: results `observe` wants ("lse", "mass").
+        presets: named settings for other lengths, `method@name`.
+        observes: phases in which `observe` is called.
+        evicted_ok: prefill planning works on a cache whose entries are no longer all positions 0..M-1.
+    """
+
+    id: ClassVar[str] = ""
+    roles: ClassVar[tuple[str, ...]] = ()
+    selection: ClassVar[str] = "causal"
+    share: ClassVar[str] = "head"
+    needs: ClassVar[str] = "nothing"
+    source: ClassVar[str] = ""
+    status: ClassVar[str] = "stable"
+    sees: ClassVar[tuple[str, ...]] = ()
+    observes: ClassVar[tuple[str, ...]] = ("prefill", "decode")
+    evicted_ok: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @property
+    def tail(self) -> int:
+        """Query rows at the end of the prompt that `compress` wants."""
+        return 0
+
+    @property
+    def min_length(self) -> int:
+        """Below this many tokens the method's own rule says dense."""
+        return 0
+
+    @property
+    def default_roles(self) -> tuple[str, ...]:
+        """Roles this method takes in a recipe that names none."""
+        return self.roles
+
+    def refuses(self, recipe: Any) -> str | None:
+        """The reason this method does not work inside `recipe`, or None."""
+        return None
+
+    def plan(self, x: AttnInput, state: State) -> Layout | Parts | None:
+        return None
+
+    def observe(self, x: AttnInput, out: Tensor, lse: Tensor | None, mass: Tensor | None, state: State) -> None:
+        return None
+
+    def compress(self, x: AttnInput, state: State) -> Selection | None:
+        return None
+
+    # ------------------------------------------------------------------ checks shared by all
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            _check_type(self.id, f, value)
+            low, high = f.metadata.get("range", (None, None))
+            if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+                bound = f">= {low}" if high is None else f"between {low} and {high}"
+                raise ConfigError(f"{self.id}: {f.name} expected {bound}, got {value!r}")
+            choices = f.metadata.get("choices")
+            if choices and value not in choices:
+                raise ConfigError(f"{self.id}: {f.name} expected one of {', '.join(choices)}, got {value!r}")
+
+    @classmethod
+    def make(cls, preset: str | None = None, **options: Any) -> Method:
+        """An instance from a preset name and options by keyword; unknown names suggest the nearest one."""
+        values: dict[str, Any] = {}
+        if preset is not None:
+            if preset not in cls.presets:
+                known = ", ".join(cls.presets) or "none"
+                raise ConfigError(f"{cls.id}: unknown preset {preset!r}{nearest(preset, cls.presets)}; known: {known}")
+            values.update(cls.presets[preset])
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key, value in options.items():
+            if key not in names:
+                raise ConfigError(
+                    f"{cls.id}: unknown hyperparameter {key!r}{nearest(key, names)}; known: {', '.join(names) or 'none'}"
+                )
+            values[key] = value
+        return cls(**values)
+
+    def describe(self) -> str:
+        """`id:key=value,...` with every hyperparameter."""
+        args = ",".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        return f"{self.id}:{args}" if args else self.id
+
+
+def option(default: Any, low: float | None = None, high: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    """A hyperparameter: its published default and the values it may take."""
+    return field(default=default, metadata={"range": (low, high), "choices": choices})
+
+
+def _check_type(owner: str, f: dataclasses.Field[Any], value: Any) -> None:
+    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    names = [part.strip() for part in str(f.type).split("|")]
+    if value is None and "None" in names:
+        return
+    for name in names:
+        want = kinds.get(name)
+        if want is None:
+            if name != "None":
+                return  # a type this check knows nothing about
+        elif isinstance(value, want) and (name == "bool" or not isinstance(value, bool)):  # type: ignore[arg-type]
+            return
+    raise ConfigError(f"{owner}: {f.name} expected {f.type}, got {value!r} ({type(value).__name__})")

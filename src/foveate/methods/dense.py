@@ -1,0 +1,23 @@
+"""Dense attention: the baseline, through the same caches and the same adapter as every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..layout import Layout
+from .base import AttnInput, Method, State
+
+
+@dataclass(frozen=True)
+class Dense(Method):
+    """Every visible pair (Vaswani et al. 2017, "Attention Is All You Need")."""
+
+    id: ClassVar[str] = "dense"
+    roles: ClassVar[tuple[str, ...]] = ("prefill", "decode", "cache")
+    share: ClassVar[str] = "group"
+    evicted_ok: ClassVar[bool] = True
+    source: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
+
+    def plan(self, x: AttnInput, state: State) -> Layout:
+        return x.dense()

@@ -1,0 +1,268 @@
+"""One attention call of one layer: append, plan, attend, observe, and the lazy compression. No model in sight.
+
+The adapter hands over what the model computed; tests drive it with random tensors. Data goes one way:
+queries, keys, values -> cache -> method -> layout -> kernel -> output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .cache import LayerCache
+from .kernels.dispatch import attend
+from .layout import Layout, Parts
+from .merge import sink_logit
+from .methods.base import AttnInput, Method, Rope, Selection, State
+from .recipe import Recipe
+
+
+class Meter(Protocol):
+    """Watches calls. `seconds` is the time `plan` took (0 on a device whose clock was not asked)."""
+
+    def planned(self, x: AttnInput, plan: Layout | Parts, seconds: float) -> None: ...
+
+    def attended(self, x: AttnInput, plan: Layout | Parts, out: Tensor) -> None: ...
+
+
+@dataclass
+class Step:
+    """One forward of the model, shared by its layers.
+
+    Attributes:
+        valid: bool `[B, N]`, real tokens of this call, or None when all are.
+        counts: real tokens per row. shared: `state.step`. run: `state.run`. notes: sentences for the user, kept once.
+    """
+
+    valid: Tensor | None = None
+    counts: list[int] = field(default_factory=list)
+    shared: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
+    meter: Meter | None = None
+    gate: bool = False  # apply the methods' length gates (never in compare, eval and tests)
+
+    def note(self, text: str) -> None:
+        self.notes[text] = None
+
+
+@dataclass(frozen=True)
+class Info:
+    """What stays the same for a layer: its number, the number of layers, scale, softcap, window, sinks, rotation."""
+
+    layer: int
+    layers: int
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Tensor | None = None  # learned sink logits [H], gpt-oss
+    rope: Rope | None = None
+    backend: str | None = None
+
+
+def attention(recipe: Recipe, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, step: Step, info: Info) -> Tensor:
+    """Attend q `[B, H, N, D]` over the cache and the new k, v `[B, G, N, D]`, which are stored first.
+
+    Rows of padding (`step.valid` False) return zeros. Returns `[B, H, N, Dv]`.
+    """
+    b, _, n, _ = q.shape
+    counts = step.counts or [n] * b
+    single = n == 1 and all(c == 1 for c in counts)
+    if single and cache.pending:
+        compress(recipe, cache, step, info)
+    cache.append(k, v, step.valid, counts)
+    if single:
+        return _decode(recipe, cache, q, step, info)
+    out = _prefill(recipe, cache, q, v.shape[-1], step, info, counts)
+    cache.pending = True
+    if recipe.compress_at == "chunk":
+        compress(recipe, cache, step, info)
+    return out
+
+
+# ---------------------------------------------------------------------- prefill: one row at a time, unpadded
+def _prefill(recipe: Recipe, cache: LayerCache, q: Tensor, dv: int, step: Step, info: Info, counts: list[int]) -> Tensor:
+    method = _method(recipe, "prefill")
+    tail = max((m.tail for m in recipe.methods), default=0)
+    b, h, n, _ = q.shape
+    view = cache.store.view()  # type: ignore[union-attr]
+    whole = step.valid is None and view.len is None
+    if whole and b > 1 and tail == 0 and _plain(recipe, method) and view.pos is None:
+        x = _input(q, view, "prefill", info, step, cache.seen[0] - n, _positions(cache.seen, n, q))
+        return _run(x, None, State(cache.batch, step.shared, step.run), [], step, info)
+    rows = []
+    out = q.new_zeros(b, h, n, dv)
+    for i in range(b):
+        if counts[i] == 0:
+            continue
+        real = slice(None) if counts[i] == n else step.valid[i]  # type: ignore[index]
+        qi = q[i : i + 1, :, real]
+        kv = view.row(i)
+        if kv.len is not None and kv.kind == "dense":  # one row has one length; cut instead of masking
+            m = cache.store.lens[i][0]  # type: ignore[union-attr]
+            kv = type(kv).dense(
+                kv.k[:, :, :m],
+                kv.v[:, :, :m],
+                pos=None if kv.pos is None else kv.pos[:, :, :m],
+                bias=None if kv.bias is None else kv.bias[:, :, :m],
+            )
+        start = cache.seen[i] - counts[i]
+        x = _input(qi, kv, "prefill", info, step, start, _positions([cache.seen[i]], counts[i], q))
+        state = State(cache.rows[i], step.shared, step.run)
+        oi = _run(x, method, state, _observers(recipe, "prefill"), step, info)
+        cache.save_tail(i, qi, tail)
+        if b == 1 and whole:
+            return oi
+        rows.append(i)
+        out[i : i + 1, :, real] = oi
+    return out
+
+
+def _plain(recipe: Recipe, method: Method | None) -> bool:
+    return (method is None or method.id == "dense") and not _observers(recipe, "prefill")
+
+
+# ---------------------------------------------------------------------- decode: all rows at once
+def _decode(recipe: Recipe, cache: LayerCache, q: Tensor, step: Step, info: Info) -> Tensor:
+    view = cache.store.view()  # type: ignore[union-attr]
+    x = _input(q, view, "decode", info, step, 0, _positions(cache.seen, 1, q))
+    state = State(cache.batch, step.shared, step.run)
+    return _run(x, _method(recipe, "decode"), state, _observers(recipe, "decode"), step, info)
+
+
+# ---------------------------------------------------------------------- both
+def _run(x: AttnInput, method: Method | None, state: State, observers: list[Method], step: Step, info: Info) -> Tensor:
+    began = time.perf_counter()
+    plan = _plan(x, method, state, step)
+    spent = time.perf_counter() - began
+    if step.meter is not None:
+        step.meter.planned(x, plan, spent)
+    want_lse = info.sinks is not None or any("lse" in m.sees for m in observers)
+    want_mass = any("mass" in m.sees for m in observers)
+    custom = getattr(method, "attend", None)
+    if custom is not None:
+        out, lse, mass = custom(x, plan, state)
+    else:
+        got = attend(
+            x.q,
+            x.kv,
+            plan,
+            scale=info.scale,
+            softcap=info.softcap,
+            return_lse=want_lse,
+            return_mass=want_mass,
+            backend=info.backend,
+        )
+        out, *extra = got if isinstance(got, tuple) else (got,)
+        lse = extra.pop(0) if want_lse else None
+        mass = extra.pop(0) if want_mass else None
+    for m in observers:
+        m.observe(x, out, lse, mass, state)
+    if info.sinks is not None:
+        assert lse is not None
+        out, _ = sink_logit(out, lse, info.sinks)
+    if step.meter is not None:
+        step.meter.attended(x, plan, out)
+    return out
+
+
+def _plan(x: AttnInput, method: Method | None, state: State, step: Step) -> Layout | Parts:
+    if x.window is not None:  # the model's own sliding-window layer: its rule, not the method's
+        if method is not None and method.id != "dense":
+            x.note(f"{method.id}: layers with the model's own sliding window keep that rule")
+        if x.kv.capacity <= x.window:
+            return x.dense()
+        return Layout.static(
+            x.shape,
+            window=x.window,
+            block_q=128 if x.phase == "prefill" else 1,
+            q_offset=x.offset(128) if x.phase == "prefill" else 0,
+            q_pos=x.layout_pos(),
+            device=x.device,
+        )
+    if method is None:
+        return x.dense()
+    if x.phase == "prefill" and x.kv.pos is not None and not method.evicted_ok:
+        x.note(f"{method.id}: this cache has evicted entries; the new prompt part runs dense")
+        return x.dense()
+    if step.gate and x.kv.capacity < method.min_length:
+        x.note(f"{method.id}: below its length gate of {method.min_length} tokens; runs dense")
+        return x.dense()
+    plan = method.plan(x, state)
+    return x.dense() if plan is None else plan
+
+
+def _method(recipe: Recipe, role: str) -> Method | None:
+    method = getattr(recipe, role)
+    if method is None and recipe.heads is not None and role in recipe.heads.roles:  # type: ignore[union-attr]
+        method = recipe.heads
+    return method  # type: ignore[no-any-return]
+
+
+def _observers(recipe: Recipe, phase: str) -> list[Method]:
+    return [m for m in recipe.methods if type(m).observe is not Method.observe and phase in m.observes]
+
+
+def _input(q: Tensor, kv: Any, phase: str, info: Info, step: Step, start: int, q_pos: Tensor) -> AttnInput:
+    note: Callable[[str], None] = step.note
+    return AttnInput(
+        q=q,
+        kv=kv,
+        phase=phase,
+        layer=info.layer,
+        layers=info.layers,
+        scale=info.scale,
+        start=start,
+        q_pos=q_pos,
+        softcap=info.softcap,
+        rope=info.rope,
+        window=info.window,
+        note=note,
+    )
+
+
+def _positions(seen: list[int], n: int, like: Tensor) -> Tensor:
+    """int64 `[B, n]`: the text positions of the last n tokens of each row."""
+    steps = torch.arange(n, device=like.device)
+    if len(set(seen)) == 1:
+        return (seen[0] - n + steps).expand(len(seen), n)
+    return torch.tensor(seen, device=like.device)[:, None] - n + steps
+
+
+def compress(recipe: Recipe, cache: LayerCache, step: Step, info: Info) -> None:
+    """Ask the cache policy which entries stay, row by row, and drop the others for good."""
+    cache.pending = False
+    policy = recipe.cache
+    assert policy is None or isinstance(policy, Method)
+    if policy is None or cache.store is None or info.window is not None:
+        return
+    chosen: list[Selection] = []
+    view = cache.store.view()
+    for i in range(len(cache.seen)):
+        kv = view.row(i)
+        m = max(cache.store.lens[i])
+        if kv.kind == "dense" and min(cache.store.lens[i]) == m:
+            cut = {n: t[:, :, :m] for n in ("pos", "bias") if (t := getattr(kv, n)) is not None}
+            kv = type(kv).dense(kv.k[:, :, :m], kv.v[:, :, :m], **cut)
+        q = cache.tails[i]
+        if q is None:
+            q = view.k.new_empty(1, 1, 0, view.k.shape[-1])
+        rows = q.shape[2]
+        x = _input(q, kv, "prefill", info, step, cache.seen[i] - rows, _positions([cache.seen[i]], rows, view.k))
+        got = policy.compress(x, State(cache.rows[i], step.shared, step.run))
+        if got is None:  # keeps everything of this row
+            got = Selection(torch.arange(m, device=view.device).expand(1, kv.shape[1], m))
+        chosen.append(got)
+    whole = [max(n) for n in cache.store.lens]
+    if all(s.ring is None and s.counts is None and s.indices.shape[2] == n for s, n in zip(chosen, whole, strict=True)):
+        return  # nothing to drop
+    keep = Selection.stack(chosen)
+    cache.store = cache.store.select(keep)
+    cache.evicted = True
+    cache.batch = type(cache.batch)()
+    cache.tails = [None] * len(cache.tails)
