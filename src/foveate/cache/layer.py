@@ -58,6 +58,12 @@ class LayerCache:
         joined = q[:, :, -rows:] if old is None else cat([old, q[:, :, -rows:]], 2)
         self.tails[row] = joined[:, :, -rows:].clone()
 
+    def forget(self) -> None:
+        """Drop what methods remembered beside the entries (another recipe takes over)."""
+        self.rows = [LayerState() for _ in self.rows]
+        self.batch = LayerState()
+        self.tails = [None] * len(self.tails)
+
     def truncate(self, n: int) -> None:
         """Forget the last n tokens. Raises CacheError once entries were evicted: the result would not be exact."""
         if self.evicted:

@@ -1,0 +1,164 @@
+"""ContextCache: Foveate's stores behind transformers' cache interface.
+
+transformers sees a logical cache: columns seen, padding included. What is really stored (which entries, at which
+positions, in which storage) is the business of `LayerCache`. `update` hands back only the new keys and values: there
+is no rectangular tensor of all keys to return once heads keep different entries.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..cache import LayerCache
+from ..errors import CacheError
+from ..runtime import Info, Step, compress
+
+if TYPE_CHECKING:
+    from .transformers import Handle
+
+
+class ContextLayer(CacheLayerMixin):
+    """One layer, as transformers sees it. `cache` holds the entries; `open` is True inside a forward of ours."""
+
+    is_compileable = False
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, cache: LayerCache | None = None, columns: int = 0):
+        super().__init__()
+        self.cache = cache if cache is not None else LayerCache()
+        self.columns = columns
+        self.info: Info | None = None
+        self.open = False
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return not self.cache.evicted
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.cache.seen) or -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.open:
+            raise CacheError(
+                "past_key_values: this cache was filled under a Foveate recipe; call foveate.apply(model, recipe) "
+                "before using it again, or start without it"
+            )
+        self.is_initialized = True
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.cache, self.columns, self.is_initialized = LayerCache(), 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens (negative, as transformers counts). CacheError after an eviction."""
+        if tokens_to_remove > 0:
+            raise CacheError(f"tokens_to_remove: expected a negative number of tokens or 0, got {tokens_to_remove}")
+        if tokens_to_remove < 0:
+            self.cache.truncate(-tokens_to_remove)
+            self.columns += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.cache.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.cache.reorder(torch.arange(len(self.cache.seen)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.cache.reorder(indices)
+
+    def offload(self) -> None:
+        raise CacheError("offloading: Foveate's caches stay on the device of the model")
+
+    prefetch = offload  # type: ignore[assignment]
+
+
+class ContextCache(Cache):
+    """Everything a recipe remembers of a context, for all layers. What `past_key_values` is under a recipe.
+
+    Attributes:
+        run: the methods' memory for a whole generation. broken: a forward failed half-way, so layers disagree.
+    """
+
+    layers: list[ContextLayer]  # type: ignore[assignment]
+
+    def __init__(self, layers: list[ContextLayer], handle: Handle | None = None):
+        super().__init__(layers=layers)
+        self.run: dict[str, Any] = {}
+        self.handle = handle
+        self.broken = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys, values and side arrays in all layers."""
+        return sum(layer.cache.nbytes for layer in self.layers)
+
+    @property
+    def seen(self) -> list[int]:
+        """Real tokens each row has seen, evicted ones included."""
+        return list(self.layers[0].cache.seen)
+
+    @property
+    def evicted(self) -> bool:
+        return any(layer.cache.evicted for layer in self.layers)
+
+    def compress(self) -> ContextCache:
+        """Apply the recipe's cache policy now instead of at the first decode step: compress once, ask many."""
+        if self.handle is None:
+            raise CacheError("compress: this cache was not filled under a recipe yet")
+        step = Step(run=self.run, notes=self.handle.note_store)
+        for layer in self.layers:
+            if layer.cache.pending and layer.info is not None:
+                compress(self.handle.recipe, layer.cache, step, layer.info)
+        return self
+
+    def fork(self) -> ContextCache:
+        """An independent copy, for asking several questions about one context."""
+        layers = []
+        for layer in self.layers:
+            copy = ContextLayer(layer.cache.fork(), layer.columns)
+            copy.info, copy.is_initialized = layer.info, layer.is_initialized
+            layers.append(copy)
+        out = ContextCache(layers, self.handle)
+        out.run, out.broken = dict(self.run), self.broken
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Write the entries to one safetensors file, bound to this model's shape and to the recipe's text."""
+        if self.handle is None:
+            raise CacheError("save: this cache was not filled under a recipe yet")
+        from ..cache import persist
+
+        persist.save(path, [layer.cache for layer in self.layers], self.handle.fingerprint, str(self.handle.recipe))
+
+    @staticmethod
+    def load(path: str | Path, model: Any) -> ContextCache:
+        """Read what `save` wrote. CacheError if it belongs to another model; ConfigError if no recipe is applied."""
+        from ..cache import persist
+        from .transformers import handle_of
+
+        handle = handle_of(model)
+        layers = []
+        for cache in persist.load(path, handle.fingerprint):
+            layer = ContextLayer(cache, max(cache.seen))
+            layer.is_initialized = True
+            layers.append(layer)
+        return ContextCache(layers, handle)
