@@ -1,0 +1,49 @@
+# Foveate. `make demo` is the first thing to run; `make test` is what CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+MODEL ?= smollm2
+TOKENS ?= 7000
+
+.PHONY: demo test lint types check benchmarks clean install install-dev
+
+demo: install
+	@command -v $${CXX:-g++} >/dev/null 2>&1 || command -v clang++ >/dev/null 2>&1 || \
+	  echo "No C++ compiler found: the compiled backend (flex) is off and the slower torch backend runs instead."
+	$(BIN)/foveate compare --model $(MODEL) --tokens $(TOKENS) --report report
+
+test: install-dev
+	$(BIN)/python -m pytest -q
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install-dev
+	$(BIN)/mypy
+
+check: lint types test
+
+# README.md's tables and BENCHMARKS.md, from the registry and benchmarks/results/*.json
+benchmarks: install-dev
+	$(BIN)/python scripts/render.py
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Foveate needs Python 3.11 or newer; set PYTHON=')"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements/constraints.txt requirements/data.txt
+	$(PIP) install -q -c requirements/constraints.txt -e '.[demo]'
+	$(PIP) install -q --no-deps -r requirements/data.txt
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -q -c requirements/constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) report build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
