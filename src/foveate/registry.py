@@ -11,6 +11,11 @@ from .methods.base import Method
 METHODS = {
     "dense": "foveate.methods.dense:Dense",
     "streaming_llm": "foveate.methods.streaming_llm:StreamingLLM",
+    "minference": "foveate.methods.minference:MInference",
+    "flexprefill": "foveate.methods.flexprefill:FlexPrefill",
+    "quest": "foveate.methods.quest:Quest",
+    "snapkv": "foveate.methods.snapkv:SnapKV",
+    "expected_attention": "foveate.methods.expected_attention:ExpectedAttention",
 }
 
 

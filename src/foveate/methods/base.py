@@ -125,8 +125,9 @@ class AttnInput:
         return Layout.dense(*self.shape, q_pos=self.layout_pos())
 
     def layout_pos(self) -> Tensor | None:
-        """q_pos for a layout of this call: None where the default (queries last) is right."""
-        return self.q_pos if self.kv.pos is not None else None
+        """q_pos for a layout of this call: None where the default (queries last of `capacity` entries) is right."""
+        spare = self.phase == "prefill" and self.kv.capacity > self.start + self.q.shape[2]  # pages not filled yet
+        return self.q_pos if self.kv.pos is not None or spare else None
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,8 @@ class Method:
             value = getattr(self, f.name)
             _check_type(self.id, f, value)
             low, high = f.metadata.get("range", (None, None))
-            if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+            inside = (low is None or value is None or value >= low) and (high is None or value is None or value <= high)
+            if not inside or value != value:  # NaN compares to nothing, itself included
                 bound = f">= {low}" if high is None else f"between {low} and {high}"
                 raise ConfigError(f"{self.id}: {f.name} expected {bound}, got {value!r}")
             choices = f.metadata.get("choices")

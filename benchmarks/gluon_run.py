@@ -1,0 +1,344 @@
+"""Checks and times the Gluon forward on a Hopper GPU against cuDNN, FlashAttention-4 and the Triton backend.
+
+    python benchmarks/gluon_run.py [--out FILE.json] [--only TEXT] [--rounds 3] [--rep 80] [--check] [--profile]
+
+One process, implementations interleaved, L2 flushed before every sample (`triton.testing.do_bench`), inputs fresh
+normal data, outputs full of NaN before each check. TFLOP/s count the kept pairs, half of a diagonal block. A hang ends
+the process: every phase has its own time limit, and rows are written as soon as they exist. FlashAttention-4 is used
+when `flash_attn.cute` can be imported. `--profile` launches every implementation once per case between
+cudaProfilerStart and Stop (for `ncu --profile-from-start off`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+from foveate.bench import results  # noqa: E402
+from foveate.kernels import dispatch, gluon  # noqa: E402
+from foveate.kernels.base import Want  # noqa: E402
+from foveate.kv import KV  # noqa: E402
+from foveate.layout import Layout  # noqa: E402
+
+B, H, G = 1, 32, 8
+DEVICE = "cuda"
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random causal blocks of 128 x width, own list per head, the diagonal and the first block forced."""
+
+    n: int
+    width: int
+    keep: float  # chance of a block; 1.0 lists every block
+    d: int = 128
+
+    @property
+    def name(self) -> str:
+        return f"{self.n // 1024}K w{self.width} d{self.d} keep {self.keep:g}"
+
+
+CASES = [
+    *(Case(32768, 128, p) for p in (1.0, 0.25, 0.1, 0.05, 0.02)),
+    *(Case(131072, 128, p) for p in (0.1, 0.03, 0.01)),
+    *(Case(32768, 64, p) for p in (0.25, 0.1, 0.05)),
+    *(Case(32768, 128, p, 64) for p in (1.0, 0.25, 0.1, 0.02)),
+    Case(8192, 128, 1.0),
+    Case(8192, 128, 0.25),
+]
+
+
+class Problem:
+    """The lists of a case, its inputs, and what to count."""
+
+    def __init__(self, case: Case):
+        n, width, d = case.n, case.width, case.d
+        nq, nk = n // 128, n // width
+        gen = torch.Generator(DEVICE).manual_seed(0)
+        first = torch.arange(nq, device=DEVICE)[:, None] * 128
+        key = torch.arange(nk, device=DEVICE)[None] * width
+        causal = key <= first + 127
+        self.diagonal = (key >= first) & causal
+        chosen = torch.rand(H, nq, nk, device=DEVICE, generator=gen) < case.keep
+        self.mask = (chosen & causal) | self.diagonal
+        self.mask[..., 0] = True
+        kept, diagonal = int(self.mask.sum()), int(self.diagonal.sum()) * H
+        self.pairs = (kept - diagonal) * 128 * width + diagonal * 128 * width / 2
+        self.density = kept / (int(causal.sum()) * H)
+        self.layout = Layout.from_block_mask(self.mask[None], n, n, block_q=128, block_k=width)
+        torch.manual_seed(n)
+        self.q, self.k, self.v = (torch.randn(B, x, n, d, device=DEVICE, dtype=DTYPE) for x in (H, G, G))
+        self.case, self.scale = case, 1 / math.sqrt(d)
+
+    def tflops(self, ms: float) -> float:
+        return 4 * self.case.d * self.pairs / ms / 1e9
+
+    def error(self, out: torch.Tensor, lse: torch.Tensor | None, tiles: int = 7) -> tuple[float, float]:
+        """(relative error, largest difference) of sampled query blocks against fp64 softmax on the same inputs.
+
+        NaN if any element of out is, or if a sampled lse is off by more than 1e-3.
+        """
+        n, width = self.case.n, self.case.width
+        if not bool(torch.isfinite(out.float()).all()):
+            return math.nan, math.nan
+        gen = torch.Generator().manual_seed(1)
+        nq = n // 128
+        picks = [(0, 0), (H - 1, nq - 1)]
+        picks += [
+            (int(torch.randint(H, (1,), generator=gen)), int(torch.randint(nq, (1,), generator=gen))) for _ in range(tiles)
+        ]
+        off = size = largest = 0.0
+        for h, block in picks:
+            rows = torch.arange(block * 128, block * 128 + 128, device=DEVICE)
+            seen = self.mask[h, block].repeat_interleave(width) & (torch.arange(n, device=DEVICE) <= rows[:, None])
+            end = block * 128 + 128  # no key beyond is seen
+            s = self.q[0, h, rows].double() @ self.k[0, h * G // H, :end].double().T * self.scale
+            s = s.masked_fill(~seen[:, :end], float("-inf"))
+            want = torch.softmax(s, -1) @ self.v[0, h * G // H, :end].double()
+            diff = out[0, h, rows].double() - want
+            off += float(diff.square().sum())
+            largest = max(largest, float(diff.abs().max()))
+            size += float(want.square().sum())
+            if lse is not None and float((lse[0, h, rows].double() - torch.logsumexp(s, -1)).abs().max()) > 1e-3:
+                return math.nan, math.nan
+        return math.sqrt(off / size), largest
+
+
+# ---------------------------------------------------------------------- implementations: Problem -> (call, result)
+def gluon_kernel(p: Problem):
+    """The kernel alone, its plan made beforehand (the counter is cleared by a memset each time)."""
+    from foveate.kernels.gluon import launch, prepare
+
+    work = prepare.prepare(p.layout, p.q.device)
+
+    def call():
+        work.counter.zero_()
+        return launch.run(p.q, p.k, p.v, p.layout, work, p.scale)
+
+    return call
+
+
+def module(name: str):
+    """A backend as `attend` calls it, planning of the lists included."""
+
+    def build(p: Problem):
+        kv, want = KV.dense(p.k, p.v), Want(lse=True)
+        backend = dispatch.backend(name)
+        if (why := backend.supports(p.q, kv, p.layout, want)) is not None:
+            raise RuntimeError(why)
+        return lambda: backend.forward(p.q, kv, p.layout, scale=p.scale, softcap=0.0, want=want)[:2]
+
+    return build
+
+
+def dense_layout(p: Problem):
+    """Dense causal without lists, by this kernel."""
+    kv, layout = KV.dense(p.k, p.v), Layout.dense(B, H, p.case.n, p.case.n)
+    return lambda: gluon.forward(p.q, kv, layout, scale=p.scale, softcap=0.0, want=Want(lse=True))[:2]
+
+
+def cudnn(p: Problem):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def call():
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_dot_product_attention(p.q, p.k, p.v, is_causal=True, enable_gqa=True), None
+
+    return call
+
+
+def fa4(p: Problem):
+    """FlashAttention-4 on the same lists: full blocks bare, diagonal blocks under its causal mask."""
+    import cutlass.cute as cute
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    @cute.jit
+    def causal(b, h, m, n, info, aux):
+        return n <= m
+
+    def pack(mask):
+        order = torch.argsort(mask[None].to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
+        return mask[None].sum(-1).to(torch.int32).contiguous(), order.contiguous()
+
+    part_count, part = pack(p.mask & p.diagonal)
+    full_count, full = pack(p.mask & ~p.diagonal)
+    blocks = BlockSparseTensorsTorch(
+        mask_block_cnt=part_count, mask_block_idx=part, full_block_cnt=full_count, full_block_idx=full,
+        block_size=(128, p.case.width),
+    )  # fmt: skip
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (p.q, p.k, p.v))  # [B, N, H, D]
+
+    def call():
+        out = _flash_attn_fwd(q, k, v, mask_mod=causal, block_sparse_tensors=blocks)
+        return out[0].transpose(1, 2), None
+
+    return call
+
+
+def fa4_dense(p: Problem):
+    from flash_attn.cute.interface import flash_attn_func
+
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (p.q, p.k, p.v))
+
+    def call():
+        out = flash_attn_func(q, k, v, causal=True)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2), None
+
+    return call
+
+
+LISTS = {"gluon kernel": gluon_kernel, "gluon": module("gluon"), "triton": module("triton"), "fa4": fa4}
+DENSE = {"gluon dense": dense_layout, "cudnn": cudnn, "fa4 dense": fa4_dense}
+
+
+def implementations(case: Case):
+    """Dense implementations join where they do the same work; cuDNN also elsewhere at 32K, as the minute's yardstick."""
+    if case.keep == 1.0:
+        return {**LISTS, **DENSE}
+    return {**LISTS, "cudnn": cudnn} if case.n <= 32768 else dict(LISTS)
+
+
+# ---------------------------------------------------------------------- phases
+@contextlib.contextmanager
+def limit(seconds: int, what: str):
+    """Ends the process if the block takes longer: a hanging kernel cannot be interrupted any other way."""
+    print(f"# {what}", flush=True)
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def poison(p: Problem) -> None:
+    """Fill the allocator's free blocks that the next output will come from with NaN."""
+    waste = [torch.full_like(p.q, float("nan")), torch.full(p.q.shape[:3], float("nan"), device=DEVICE)]
+    torch.cuda.synchronize()
+    del waste
+
+
+def tiny() -> None:
+    """One tile, one head; then odd lengths. Wrong or hanging kernels stop here."""
+    for n, d, layout in (
+        (128, 128, Layout.dense(1, 1, 128, 128)),
+        (128, 64, Layout.dense(1, 1, 128, 128)),
+        (300, 128, Layout.dense(1, 1, 300, 300)),
+        (333, 128, None),
+        (333, 64, None),
+    ):
+        for width in (128, 64) if layout is None else (0,):
+            if width:
+                mask = torch.rand(1, 2, -(-n // 128), -(-n // width), device=DEVICE) < 0.6
+                layout = Layout.from_block_mask(mask, n, n, block_q=128, block_k=width)
+            with limit(60, f"tiny: n {n}, d {d}, width {width or 'dense'}"):
+                h = layout.shape[1]
+                q, k, v = (torch.randn(1, x, n, d, device=DEVICE, dtype=DTYPE) for x in (h, 1, 1))
+                out, lse, _ = gluon.forward(q, KV.dense(k, v), layout, scale=0.1, softcap=0.0, want=Want(lse=True))
+                torch.cuda.synchronize()
+                reference = dispatch.backend("reference")
+                wide = KV.dense(k.double(), v.double())
+                want, want_lse, _ = reference.forward(q.double(), wide, layout, scale=0.1, softcap=0.0, want=Want())
+                off = float((out.double() - want).norm() / want.norm().clamp(min=1e-9))
+                dead = want_lse.isneginf()
+                far = float((lse.double() - want_lse)[~dead].abs().max())
+                if not (off < 1e-2 and far < 1e-3 and torch.equal(lse.isneginf(), dead)):
+                    sys.exit(f"wrong: relative error {off}, lse off by {far}")
+                print(f"#   relative error {off:.1e}", flush=True)
+
+
+def measure(case: Case, rounds: int, rep: int, profile: bool, check_only: bool) -> list[results.Row]:
+    from triton.testing import do_bench
+
+    with limit(120, f"{case.name}: lists and inputs"):
+        p = Problem(case)
+        torch.cuda.synchronize()
+    calls, errors = {}, {}
+    for name, build in implementations(case).items():
+        with limit(120, f"{case.name}: {name}"):
+            try:
+                call = build(p)
+                poison(p)
+                out, lse = call()
+                torch.cuda.synchronize()
+            except Exception as err:
+                print(f"#   {name} left out: {type(err).__name__}: {str(err)[:200]}", flush=True)
+                continue
+            same_work = name in LISTS or case.keep == 1.0
+            relative, errors[name] = p.error(out, lse) if same_work else (0.0, None)
+            if not relative < 1e-2:
+                print(f"#   {name} is WRONG: relative error {relative}", flush=True)
+                continue
+            calls[name] = call
+    if profile:
+        for name, call in calls.items():
+            print(f"ORDER {case.name}: {name}", flush=True)
+            torch.cuda.profiler.start()
+            call()
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+    if profile or check_only:
+        return []
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            with limit(90, f"{case.name}: time {name}"):
+                times[name].append(do_bench(call, warmup=25, rep=rep, quantiles=[0.5]))
+    dense = case.n * (case.n + 1) / 2 * H
+    rows = []
+    for name, samples in times.items():
+        ms = results.spread(samples)
+        same_work = name in LISTS or case.keep == 1.0
+        work, density = (p.pairs, p.density) if same_work else (dense, 1.0)
+        params = {"B": B, "H": H, "G": G, "N": case.n, "D": case.d, "width": case.width, "dtype": "bf16", "causal": True}
+        tflops = 4 * case.d * work / ms["median"] / 1e9
+        rows.append(results.Row(case.name, name, params, ms, tflops, density, errors[name]))
+    return rows
+
+
+def table(rows: list[results.Row]) -> None:
+    names = [n for n in {**LISTS, **DENSE} if any(r.impl == n for r in rows)]
+    print(f"{'case':<26}{'density':>8} " + "".join(f"{n:>14}" for n in names) + "   (TFLOP/s)")
+    for case in dict.fromkeys(r.case for r in rows):
+        mine = {r.impl: r for r in rows if r.case == case}
+        density = next((r.density for n, r in mine.items() if n in LISTS), math.nan)
+        cells = "".join(f"{mine[n].tflops:>14.0f}" if n in mine else f"{'-':>14}" for n in names)
+        print(f"{case:<26}{density:>8.3f} {cells}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "gluon.json")
+    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rep", type=int, default=80, help="milliseconds of samples a round")
+    parser.add_argument("--check", action="store_true", help="check every case, time none")
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        sys.exit("needs a Hopper GPU")
+    tiny()
+    rows: list[results.Row] = []
+    for case in CASES:
+        if args.only in case.name:
+            rows += measure(case, args.rounds, args.rep, args.profile, args.check)
+            results.write(args.out, results.result("gluon", rows, DEVICE))
+            torch.cuda.empty_cache()
+    table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""FlexPrefill: per head and prompt, block-wise or vertical-slash, with as many blocks as the attention mass asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import lists
+from ..layout import Layout
+from ..scores.divergence import jensen_shannon
+from ..scores.keys import pieces
+from ..scores.pooled import block_logits, block_pool, block_softmax, causal_blocks, pool_keys
+from ..scores.probes import Probe, last_queries
+from ..select import top_k, top_p
+from .base import AttnInput, Method, State, option
+
+
+@dataclass(frozen=True)
+class FlexPrefill(Method):
+    """Lai et al. 2025, "FlexPrefill: A Context-Aware Sparse Attention Mechanism" (arXiv 2502.20766).
+
+    The last `block` queries are computed exactly. Per head:
+    - as many key columns and distances as hold `gamma` of their probability (at least `min_budget` tokens, at most
+      `max_budget`) become block columns and block diagonals of the `block` x `block` grid;
+    - where the same queries, pooled, predict the same distribution over key blocks (Jensen-Shannon distance below
+      `tau`), pooled blocks are trusted: the head takes the block pairs of all rows that hold `gamma` of the pooled
+      attention, beside `min_budget` of columns and diagonals ("query-aware").
+
+    The first block column and the block diagonal are always in. `share` "group" gives the query heads of a kv head the
+    union of their blocks. Differs from the published code in three points, all towards its paper: distances are pooled
+    to block diagonals by the share of rows that meet them there, both selections reach gamma (the code's query-aware
+    one stops short of it), and tokens become blocks by `block`, with one more diagonal because a run of distances
+    always ends inside another one.
+    """
+
+    gamma: float = option(0.9, low=0, high=1)
+    tau: float = option(0.1, low=0)
+    min_budget: int = option(1024, low=1)
+    max_budget: int | None = option(None, low=1)
+    block: int = option(128, low=16)
+    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+
+    id: ClassVar[str] = "flexprefill"
+    roles: ClassVar[tuple[str, ...]] = ("prefill",)
+    selection: ClassVar[str] = "prompt"
+    source: ClassVar[str] = "Lai et al. 2025, arXiv 2502.20766"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"8k": {"gamma": 0.9, "min_budget": 512}}
+
+    @property
+    def min_length(self) -> int:
+        """Up to two blocks, or the least budget, every block is forced anyway."""
+        return max(2 * self.block, -(-self.min_budget // self.block) * self.block) + 1
+
+    def plan(self, x: AttnInput, state: State) -> Layout | None:
+        b, h, n, _ = x.shape
+        m, size, g = x.start + n, self.block, x.groups
+        if m < self.min_length:
+            return None
+        offset, first = x.offset(size), x.start // size
+        nq, nk = -(-(n + offset) // size), -(-m // size)
+        probe = last_queries(x.q, x.kv, size, scale=x.scale, softcap=x.softcap)
+        kbar = pool_keys(x.kv, size)[:, :, :nk]
+        columns = block_pool(probe.columns[..., :m, None] / probe.rows, size, "sum")[..., 0]
+        aware = self._trusts_pooling(x, kbar, columns)
+        col, diag = self._vertical_slash(probe, columns, aware, m)
+        qbar = block_pool(x.q, size, offset=offset)
+        gap = (torch.arange(first, first + nq, device=x.device)[:, None] - torch.arange(nk, device=x.device)).clamp(min=0)
+        causal = causal_blocks(nq, nk, first, x.device)
+        tiles, counts = [], []
+        for lo, hi in pieces(g, 8 * b * (h // g) * nq * nk):  # sorting holds about eight numbers a pair
+            heads = slice(lo * (h // g), hi * (h // g))
+            keep = (col[:, heads, None, :] | diag[:, heads][..., gap]) & causal
+            # Sorting every pair of blocks is the dear part: worth one look whether any head asks for it.
+            if self.tau > 0 and bool(aware[:, heads].any()):
+                prob = block_softmax(block_logits(qbar[:, heads], kbar[:, lo:hi], x.scale, x.softcap), first)
+                pairs = top_p(prob.flatten(-2), self.gamma, valid=causal.flatten()).view(keep.shape)
+                keep = keep | (pairs & aware[:, heads, None, None])
+            if self.share == "group":
+                keep = keep.unflatten(1, (hi - lo, -1)).any(2)
+            index, count = lists.compact(keep)
+            tiles.append(lists.trim(index, count) * size)
+            counts.append(count)
+        wide = max(t.shape[-1] for t in tiles)
+        return Layout(
+            x.shape,
+            block_q=size,
+            q_offset=offset,
+            tile_width=size,
+            q_pos=x.layout_pos(),
+            tiles=torch.cat([pad(t, (0, wide - t.shape[-1])) for t in tiles], 1),
+            tile_count=torch.cat(counts, 1),
+        )
+
+    def _trusts_pooling(self, x: AttnInput, kbar: Tensor, columns: Tensor) -> Tensor:
+        """bool `[B, H]`: the pooled probe predicts the probability of each key block, `columns`, to within tau."""
+        mean = x.q[:, :, -self.block :].mean(2, keepdim=True, dtype=columns.dtype)
+        estimate = block_logits(mean, kbar, x.scale, x.softcap).softmax(-1)[:, :, 0]
+        return jensen_shannon(estimate, columns) < self.tau
+
+    def _vertical_slash(self, probe: Probe, columns: Tensor, aware: Tensor, m: int) -> tuple[Tensor, Tensor]:
+        """Block columns and block diagonals of each head, bool `[B, H, nk]` twice."""
+        nk, size = columns.shape[-1], self.block
+        most = nk if self.max_budget is None else min(-(-self.max_budget // size), nk)
+        least = min(-(-self.min_budget // size), most)
+        forced = torch.arange(nk, device=columns.device) == 0
+        out = []
+        for tokens, blocks, extra in (
+            (probe.columns[..., :m], columns, 1),
+            (probe.diagonals[..., :m], _block_diagonals(probe.diagonals[..., :m] / probe.rows, size), 2),
+        ):
+            need = top_p(tokens, self.gamma).sum(-1) // size + extra
+            need = torch.where(aware, least, need.clamp(least, most))
+            out.append(top_k(blocks, need, forced=forced))
+        return out[0], out[1]
+
+
+def _block_diagonals(by_distance: Tensor, size: int) -> Tensor:
+    """Mass by distance `[..., m]` -> by block diagonal `[..., ceil(m / size)]`.
+
+    Rows at all offsets within a block are equally likely: distance D * size + e joins blocks that are D apart for
+    (size - e) / size of them and D + 1 apart for the others.
+    """
+    nk = -(-by_distance.shape[-1] // size)
+    x = pad(by_distance, (0, nk * size - by_distance.shape[-1])).unflatten(-1, (nk, size))
+    over = torch.arange(size, device=x.device) / size
+    near, far = (x * (1 - over)).sum(-1), (x * over).sum(-1)
+    return near + pad(far, (1, -1))

@@ -1,0 +1,125 @@
+"""Page bounds: the largest and smallest key per page, and from them the highest logit a query can have in a page.
+
+Tang et al. 2024, "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference" (arXiv 2406.10774).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+from ..kv import KV
+
+
+class Bounds:
+    """Element-wise maximum and minimum of the keys of each page of `page` entries, kept beside a layer's cache.
+
+    `update` brings it up to date with a view and reads only the pages that changed since: the last one in a decode
+    step. Pages are numbered by entries, so evicted caches and rows of different length need nothing special. It lives
+    in `state.layer`, whose truncate, fork and reorder it follows; a truncated page is computed again from its keys.
+    """
+
+    def __init__(self, page: int):
+        self.page = page
+        self.data: Tensor | None = None  # [B, G, pages, 2D]: maxima, then minima, side by side for one product
+        self.done = 0  # entries of the longest row that are covered
+        self.len: Tensor | None = None  # int [B, G] entries covered, where rows or heads differ
+
+    def update(self, kv: KV) -> None:
+        """Cover all entries of `kv`. The view must continue the one of the last call (same rows, entries appended)."""
+        m, pages = kv.capacity, -(-kv.capacity // self.page)
+        if self.data is not None and tuple(self.data.shape[:2]) != kv.shape[:2]:
+            raise ShapeError(f"kv: expected the {list(self.data.shape[:2])} rows and kv heads these bounds were built for")
+        start: int | None = 0  # first page to read again; None: the last page of every row and head
+        if kv.len is None and self.len is None and self.done < m:
+            start = self.done // self.page
+        elif kv.len is not None and self.len is not None and torch.equal(kv.len, self.len + 1):
+            start = None
+        elif kv.pos is None and self.done == m and self._same(kv.len):
+            return
+        self._reserve(kv, pages)
+        if start is None:
+            self._last(kv)
+        else:
+            self._fill(kv, start, pages)
+        self.done, self.len = m, kv.len
+
+    def score(self, q: Tensor) -> Tensor:
+        """Upper bound of q . k over each page: `[B, G, r, pages]` for q `[B, H, 1, D]`, unscaled, in the dtype of q.
+
+        sum over d of max(q_d max_d, q_d min_d), as one product: positive channels meet the maxima, negative ones the
+        minima. Pages without entries have no meaning.
+        """
+        assert self.data is not None
+        b, g = self.data.shape[:2]
+        q = q.reshape(b, g, -1, q.shape[-1])
+        split = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
+        return split @ self.data[:, :, : -(-self.done // self.page)].transpose(-1, -2)
+
+    # ------------------------------------------------------------------ with the cache
+    def truncate(self, n: int) -> None:
+        self.done = max(0, self.done - n)
+        self.len = None if self.len is None else (self.len - n).clamp(min=0)
+
+    def fork(self) -> Bounds:
+        out = Bounds(self.page)
+        out.data = None if self.data is None else self.data.clone()
+        out.done, out.len = self.done, self.len
+        return out
+
+    def reorder(self, index: Tensor) -> None:
+        if self.data is not None:
+            self.data = self.data.index_select(0, index.to(self.data.device))
+        if self.len is not None:
+            self.len = self.len.index_select(0, index.to(self.len.device))
+
+    # ------------------------------------------------------------------ inside
+    def _same(self, lengths: Tensor | None) -> bool:
+        if lengths is None or self.len is None:
+            return lengths is self.len
+        return torch.equal(lengths, self.len)
+
+    def _reserve(self, kv: KV, pages: int) -> None:
+        b, g, _, d, _ = kv.shape
+        if self.data is not None and self.data.shape[2] >= pages:
+            return
+        new = kv.k.new_zeros(b, g, pages + max(8, pages // 8), 2 * d)
+        if self.data is not None:
+            new[:, :, : self.data.shape[2]] = self.data
+        self.data = new
+
+    def _fill(self, kv: KV, first: int, pages: int) -> None:
+        """Pages first..pages from their keys."""
+        assert self.data is not None
+        p, d = self.page, kv.k.shape[-1]
+        lo = first * p
+        if kv.kind != "dense" or kv.len is not None:
+            n = pages - first
+            k = self._keys(kv, torch.arange(lo, pages * p, device=kv.device)).unflatten(2, (n, p))
+            self.data[:, :, first:pages] = torch.cat([k.amax(3), k.amin(3)], -1)
+            return
+        whole = kv.capacity // p
+        if whole > first:
+            k = kv.k[:, :, lo : whole * p].unflatten(2, (whole - first, p))
+            self.data[:, :, first:whole, :d], self.data[:, :, first:whole, d:] = k.amax(3), k.amin(3)
+        if pages > whole:
+            k = kv.k[:, :, whole * p : kv.capacity]
+            self.data[:, :, whole, :d], self.data[:, :, whole, d:] = k.amax(2), k.amin(2)
+
+    def _last(self, kv: KV) -> None:
+        """The page that holds the newest entry of each row and kv head."""
+        assert self.data is not None
+        page = (kv.lengths() - 1).clamp(min=0) // self.page
+        k = self._keys(kv, page[..., None] * self.page + torch.arange(self.page, device=kv.device))
+        new = torch.cat([k.amax(2, keepdim=True), k.amin(2, keepdim=True)], -1)
+        self.data.scatter_(2, page[..., None, None].expand_as(new), new)
+
+    @staticmethod
+    def _keys(kv: KV, entries: Tensor) -> Tensor:
+        """Keys `[B, G, n, D]`; beyond the last entry that one again, which changes no extreme."""
+        last = (kv.lengths() - 1).clamp(min=0)[..., None]
+        entries = torch.minimum(entries.to(last.dtype).expand(*last.shape[:2], -1), last)
+        if kv.kind == "dense":
+            return kv.k.gather(2, entries[..., None].expand(-1, -1, -1, kv.k.shape[-1]))
+        return kv.flat()[0][kv.rows(entries)]

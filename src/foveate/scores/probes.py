@@ -1,0 +1,96 @@
+"""What the last queries of a call look at, exactly: mass per key and mass per distance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..errors import ConfigError
+from ..kv import KV
+from .keys import BUDGET, pieces, read_keys
+
+REDUCE = ("none", "max", "sum")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Softmax probabilities of `rows` probe rows, summed.
+
+    Attributes:
+        columns: fp32 `[B, Hl, M]`, by entry. diagonals: fp32 `[B, Hl, M]`, by distance position(query) - entry.
+        rows: probe rows, so that each head's columns (and diagonals) sum to `rows`. Hl is H, or G if reduced.
+    """
+
+    columns: Tensor
+    diagonals: Tensor
+    rows: int
+
+
+def last_queries(
+    q: Tensor,
+    kv: KV,
+    rows: int,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    reduce: str = "none",
+    budget: int = BUDGET,
+) -> Probe:
+    """Probe with the last min(rows, N) queries against all entries, causally.
+
+    The queries are the last N positions before `kv.len` and positions are entry numbers (nothing evicted), so a later
+    chunk of a prompt (M > N) is probed at its true distances. Costs rows * M * D multiply-adds a head; holds about
+    `budget` numbers, whatever M.
+
+    Args:
+        q: `[B, H, N, D]`. kv: a view of M >= N entries, G kv heads; `kv.bias` is added to the logits.
+        reduce: over the query heads of a group: "none", "max" (what any head needs) or "sum".
+    """
+    if reduce not in REDUCE:
+        raise ConfigError(f"reduce: expected one of {', '.join(REDUCE)}, got {reduce!r}")
+    b, h, n, d = q.shape
+    _, g, m, _, _ = kv.shape
+    r, rows = h // g, min(rows, n)
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q = (q[:, :, n - rows :].to(acc) * scale).view(b, g, r, rows, d)
+    ends = kv.lengths()
+    columns = torch.zeros(b, g, r, m, dtype=acc, device=q.device)
+    diagonals = torch.zeros_like(columns)
+    entry = torch.arange(m, device=q.device)
+    for g0, g1 in pieces(g, b * r * rows * m, budget):
+        k = read_keys(kv, g0, g1).to(acc).transpose(-1, -2)  # [B, g, D, M]
+        for lo, hi in pieces(rows, b * (g1 - g0) * r * m, budget):
+            part = q[:, g0:g1, :, lo:hi]
+            s = (part.reshape(b, g1 - g0, -1, d) @ k).view(b, g1 - g0, r, hi - lo, m)
+            if softcap:
+                s = softcap * torch.tanh(s / softcap)
+            if kv.bias is not None:
+                s = s + kv.bias[:, g0:g1, None, None].to(acc)
+            last = ends[:, g0:g1, None, None] - rows + torch.arange(lo, hi, device=q.device)[:, None]  # [B, g, rows, 1]
+            # Without ragged lengths every row of this piece sees the entries before `clear`: only a corner is masked.
+            clear = m - rows + lo if kv.len is None else 0
+            s[..., clear:].masked_fill_((entry[clear:] > last)[:, :, None], float("-inf"))
+            p = s.softmax(-1)
+            columns[:, g0:g1] += p.sum(-2)
+            by_offset = _diagonal_sums(p)
+            at = (ends[:, g0:g1, None] - rows + hi - entry).clamp(0, m)  # [B, g, M]
+            diagonals[:, g0:g1] += by_offset.gather(-1, at[:, :, None].expand(-1, -1, r, -1))
+    return Probe(_group(columns, reduce), _group(diagonals, reduce), rows)
+
+
+def _diagonal_sums(p: Tensor) -> Tensor:
+    """`[..., L, M]` -> `[..., M + 1]`: at c the sum over rows i of p[i, c - L + i].
+
+    With L zeros in front, row i of a matrix W = L + M wide, read from flat index i * (W + 1), is shifted by i.
+    """
+    rows, m = p.shape[-2:]
+    return pad(p, (rows, 0)).flatten(-2).unfold(-1, m + 1, rows + m + 1).sum(-2)
+
+
+def _group(x: Tensor, reduce: str) -> Tensor:
+    if reduce == "none":
+        return x.flatten(1, 2)
+    return x.amax(2) if reduce == "max" else x.sum(2)
