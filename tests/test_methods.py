@@ -27,6 +27,22 @@ class Row:
 TABLE = [
     Row("dense", "dense", "dense", sink=1, needle=False),
     Row("streaming_llm", "streaming_llm:window=200", "streaming_llm:sink=4,window=20", sink=4, local=20, needle=False),
+    Row(
+        "minference",
+        "minference:columns=200,diagonals=200",
+        "minference:columns=10,diagonals=50,sink=4,local=50",
+        sink=4,
+        local=50,
+    ),
+    Row(
+        "flexprefill",
+        "flexprefill:gamma=1.0,block=16,min_budget=16",
+        "flexprefill:gamma=0.3,block=16,min_budget=16",
+        sink=16,
+    ),
+    Row("quest", "quest:budget=256", "quest:budget=64"),
+    Row("snapkv", "snapkv:capacity=256", "snapkv:window=16,capacity=48", sink=4),
+    Row("expected_attention", "expected_attention:capacity=256", "expected_attention:capacity=48", sink=4),
 ]
 IDS = [r.id for r in TABLE]
 rows = pytest.mark.parametrize("row", TABLE, ids=IDS)
@@ -207,3 +223,23 @@ def test_no_nan_from_finite_input(row):
         out = drive(*(t[:, :, :130] * scale for t in (q, k, v)))
         step = drive(*(t[:, :, 130:] * scale for t in (q, k, v)))
         assert bool(torch.isfinite(out).all()) and bool(torch.isfinite(step).all())
+
+
+@rows
+def test_needle(row):
+    """The last 64 queries all point at one key far back: each role must keep it for every head."""
+    if not row.needle:
+        pytest.skip("this method looks at no content")
+    q, k, v = (t * 0.1 for t in qkv(1, 4, 2, 151))
+    at, axis = 37, 7  # the axis that the rotation of `Drive` turns slowest: the same key before and after it
+    q[..., axis] = k[..., axis] = 0
+    q[:, :, 150 - 64 :, axis] = k[:, :, at, axis] = 8.0
+    for role in get(row.id).roles:
+        drive = Drive(part(row, role, row.small))
+        drive(*(t[:, :, :150] for t in (q, k, v)))
+        drive(*(t[:, :, 150:] for t in (q, k, v)))
+        x, plan, _ = drive.watch.calls[0 if role == "prefill" else -1]
+        assert isinstance(plan, Layout)
+        here = (x.kv.positions() == at) & x.kv.exists()
+        seen = plan.to_mask(x.kv)[0, :, -1] & here[0].repeat_interleave(4 // here.shape[1], 0)
+        assert seen.any(-1).all(), f"{role}: heads {(~seen.any(-1)).nonzero().flatten().tolist()} lost the key"

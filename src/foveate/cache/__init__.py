@@ -2,6 +2,9 @@
 
 from .dense import DenseStore
 from .layer import LayerCache
+from .paged import PagedStore
+from .ragged import RaggedStore
+from .ring import RingStore
 from .store import Store
 
-__all__ = ["DenseStore", "LayerCache", "Store"]
+__all__ = ["DenseStore", "LayerCache", "PagedStore", "RaggedStore", "RingStore", "Store"]

@@ -5,6 +5,8 @@ Attention is invariant to the order of keys, so the ring is never rotated back; 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,18 @@ from .store import Store
 class RingStore:
     """Slot of text position p: p for a sink, sink + (p - sink) % window otherwise. Tensors `[B, G, sink + window, ...]`."""
 
+    kind: ClassVar[str] = "ring"
+
     def __init__(self, k: Tensor, v: Tensor, pos: Tensor, seen: list[int], sink: int, window: int):
         self.k, self.v, self.pos, self.seen, self.sink, self.window = k, v, pos, list(seen), sink, window
+        self._len: Tensor | None = None  # int32 [B, G], only while rows differ
 
     @staticmethod
     def build(k: Tensor, v: Tensor, pos: Tensor, selection: Selection) -> RingStore:
-        """From entries `[B, G, n, ...]` with their text positions; each row's first `counts` entries exist."""
+        """From entries `[B, G, n, ...]` with their text positions; each row's first `counts` entries exist.
+
+        Needs all of the first `sink` and last `window` positions of each row; what else is given is dropped.
+        """
         assert selection.ring is not None
         sink, window = selection.ring
         b, g, n = k.shape[:3]
@@ -34,6 +42,14 @@ class RingStore:
         p = pos.long()
         slot = torch.where(p < sink, p, sink + (p - sink) % window)
         slot = torch.where(live & ((p < sink) | (p > (last[:, None, None] - window))), slot, size)
+        held = (slot < size).sum(-1)
+        want = (last.long() + 1).clamp(max=size)[:, None].expand(b, g)
+        if not torch.equal(held, want):
+            row, head = (held != want).nonzero()[0].tolist()
+            raise CacheError(
+                f"selection: a ring of {sink} + {window} needs {int(want[row, head])} entries of row {row}, "
+                f"kv head {head}, got {int(held[row, head])}"
+            )
 
         def place(t: Tensor) -> Tensor:
             out = t.new_zeros(b, g, size + 1, *t.shape[3:])
@@ -55,36 +71,42 @@ class RingStore:
         return False
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None, seen: list[int]) -> Store:
-        if k.shape[2] > 1:  # a new turn: keep everything until the next compression
+        if k.shape[2] > 1 or (valid is not None and not bool(valid.all())):
+            # a new turn: keep everything until the next compression
             return self._unrolled().append(k, v, valid, seen)
-        if valid is not None and not bool(valid.all()):
-            raise CacheError("valid: a single-token step expects a real token in every row")
-        for b, p in enumerate(self.seen):
-            at = p if p < self.sink else self.sink + (p - self.sink) % self.window
-            self.k[b, :, at], self.v[b, :, at], self.pos[b, :, at] = k[b, :, 0], v[b, :, 0], p
+        slots = [p if p < self.sink else self.sink + (p - self.sink) % self.window for p in self.seen]
+        if len(set(self.seen)) == 1:
+            at = slots[0]
+            self.k[:, :, at], self.v[:, :, at], self.pos[:, :, at] = k[:, :, 0], v[:, :, 0], self.seen[0]
+        else:
+            for b, at in enumerate(slots):
+                self.k[b, :, at], self.v[b, :, at], self.pos[b, :, at] = k[b, :, 0], v[b, :, 0], self.seen[b]
         self.seen = [s + 1 for s in self.seen]
+        self._len = None
         return self
 
     def _unrolled(self) -> DenseStore:
+        """The same entries in text order."""
         count = [n[0] for n in self.lens]
         k, v, pos = self.k.clone(), self.v.clone(), self.pos.clone()
-        for b, s in enumerate(self.seen):  # text order, so that entries ascend with position
-            order = self.pos[b, 0, : count[b]].argsort()
-            k[b, :, : count[b]], v[b, :, : count[b]] = self.k[b][:, order], self.v[b][:, order]
-            pos[b, :, : count[b]] = self.pos[b][:, order]
-            assert s >= count[b]
+        for b, n in enumerate(count):
+            order = self.pos[b, 0, :n].argsort()
+            k[b, :, :n], v[b, :, :n], pos[b, :, :n] = self.k[b][:, order], self.v[b][:, order], self.pos[b][:, order]
         return DenseStore(k, v, count, pos)
 
     def view(self) -> KV:
-        size = self.sink + self.window
-        short = any(s < size for s in self.seen)
-        lens = torch.tensor(self.lens, dtype=torch.int32, device=self.k.device) if short else None
-        return KV(self.k, self.v, "dense", size, len=lens, pos=self.pos)
+        held = [min(s, self.sink + self.window) for s in self.seen]
+        m = max(held)
+        if min(held) == m:
+            self._len = None
+        elif self._len is None:
+            self._len = torch.tensor(self.lens, dtype=torch.int32, device=self.k.device)
+        return KV(self.k[:, :, :m], self.v[:, :, :m], "dense", m, len=self._len, pos=self.pos[:, :, :m])
 
     def select(self, selection: Selection) -> Store:
         from .select import apply
 
-        return apply(self._unrolled().view(), selection)
+        return apply(self.view(), selection)
 
     def truncate(self, n: int) -> None:
         raise CacheError("truncate: a ring overwrites its oldest entries; what they held cannot be brought back")
@@ -93,6 +115,7 @@ class RingStore:
         rows = index.to(self.k.device)
         self.k, self.v, self.pos = (t.index_select(0, rows) for t in (self.k, self.v, self.pos))
         self.seen = [self.seen[i] for i in index.tolist()]
+        self._len = None
 
     def fork(self) -> RingStore:
         return RingStore(self.k.clone(), self.v.clone(), self.pos.clone(), self.seen, self.sink, self.window)
@@ -105,4 +128,5 @@ class RingStore:
     def restore(state: dict[str, Tensor]) -> RingStore:
         """The inverse of `state`."""
         sink, window = state["ring"].tolist()
-        return RingStore(state["k"], state["v"], state["pos"], state["seen"].tolist(), sink, window)
+        k, v, pos = (state[n].clone() for n in ("k", "v", "pos"))
+        return RingStore(k, v, pos, state["seen"].tolist(), sink, window)

@@ -2,20 +2,33 @@
 
 Operations that may change the kind of storage (append, select) return the store to use from then on. Lengths are
 known to the host: `lens[b][g]`. A store never infers text positions from lengths once something was evicted.
+
+A view handed out earlier stays what it was after an append (a ring alone overwrites entries): writes land beyond its
+`len`, and the length tensors of a view are never written again.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from ..kv import KV
 from ..methods.base import Selection
 
+SLACK = 128  # free entries a store leaves at least when it grows
+
+
+def room(need: int) -> int:
+    """Free entries beyond `need` when a store grows: an eighth, so that growth copies rarely and never once a step."""
+    return max(need // 8, SLACK)
+
 
 class Store(Protocol):
     """Keys and values of one layer. All tensors are `[B, G, ...]`."""
+
+    kind: ClassVar[str]
 
     @property
     def nbytes(self) -> int:
@@ -36,7 +49,7 @@ class Store(Protocol):
         """What attention reads, all rows."""
 
     def select(self, selection: Selection) -> Store:
-        """Keep only these entries; the memory of the others is freed."""
+        """Keep only these entries of the view; the memory of the others is freed."""
 
     def truncate(self, n: int) -> None:
         """Forget the last n entries of every row (nothing may have been evicted)."""
@@ -48,4 +61,45 @@ class Store(Protocol):
         """An independent copy."""
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors that describe the contents, for saving; `restore` of the class is the inverse."""
+        """Tensors that describe the contents, for saving; they may share memory with the store."""
+
+    @staticmethod
+    def restore(state: dict[str, Tensor]) -> Store:
+        """The inverse of `state`; the new store shares no memory with it."""
+
+
+def new_positions(seen: list[int], n: int, like: Tensor) -> Tensor | int:
+    """Text positions of n new entries per row in the dtype of `like`, to broadcast over `[B, G, n]`."""
+    same = len(set(seen)) == 1
+    if same and n == 1:
+        return seen[0]
+    first = seen[0] if same else torch.tensor(seen, dtype=like.dtype, device=like.device)[:, None, None]
+    return first + torch.arange(n, dtype=like.dtype, device=like.device)
+
+
+def pack(kv: KV) -> dict[str, Tensor]:
+    """The existing entries of a view, segment after segment in (b, g) order, without a gap.
+
+    k `[T, D]`, v `[T, Dv]`, counts int64 `[B, G]`, and pos `[T]`, bias `[T]` where the view has them.
+    """
+    counts = kv.lengths()
+    b, g, m, _, _ = kv.shape
+    entries = torch.arange(m, device=kv.device).expand(b, g, m)
+    live = entries < counts[..., None]
+    k, v = take(kv, entries, live)
+    out = {"k": k, "v": v, "counts": counts}
+    for name in ("pos", "bias"):
+        if (t := getattr(kv, name)) is not None:
+            out[name] = t[live]
+    return out
+
+
+def take(kv: KV, entries: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys `[T, D]` and values `[T, Dv]` of those entries `[B, G, n]` that are live, in (b, g, n) order."""
+    if kv.kind == "dense":  # a strided rectangle: index it as it is, flattening would copy it
+        b, g, _ = live.nonzero(as_tuple=True)
+        e = entries[live].long()
+        return kv.k[b, g, e], kv.v[b, g, e]
+    rows = kv.rows(entries)[live]
+    k, v = kv.flat()
+    return k[rows], v[rows]
