@@ -1,0 +1,1 @@
+"""Measurements: kernels on seeded workloads, whole models, and the result files they write."""

@@ -1,0 +1,67 @@
+"""Arguments and launch of the kernel, shared by `forward`, the offline compilation test and the benchmark."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layout import Layout
+from .kernel import attend_kernel
+from .prepare import BLOCK_Q, Work
+from .shim import TensorDescriptor, gl, shared_layout
+
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, work: Work, scale: float) -> tuple[Tensor, Tensor]:
+    """(out with the strides of q, lse fp32 `[B, H, N]`). `work` is fresh from `prepare`: its counter is 0."""
+    if scale <= 0:  # the running maximum is taken before scaling
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    q, k, v = readable(q), readable(k), readable(v)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    args, options = arguments(q, k, v, out, lse, layout, work, scale)
+    tiles = q.shape[0] * q.shape[1] * -(-q.shape[2] // BLOCK_Q)
+    attend_kernel[(min(tiles, _multiprocessors(q.device)),)](*args, **options)
+    return out, lse
+
+
+def arguments(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, work: Work, scale: float
+) -> tuple[list[Any], dict[str, Any]]:
+    """(positional arguments, constexpr arguments and launch options) of `attend_kernel`, for `readable` tensors."""
+    b, h, n, d = q.shape
+    g, m = k.shape[1], k.shape[2]
+    pair = not layout.full and layout.tile_width == 64
+    rows, keys = [1, 1, 64, d], [1, 1, 64, 64] if pair else [1, 1, 128, d]
+    nq = -(-n // BLOCK_Q)
+    args = [
+        _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(out, rows), lse, work.counter,
+        work.tiles, work.plan, *work.strides(), work.share, scale * math.log2(math.e), b * h * nq, h, g, nq, n, m,
+    ]  # fmt: skip
+    options = dict(
+        FLAT=shared_layout([64, d], DTYPES[q.dtype]), CAUSAL=layout.causal, DENSE=layout.full, PAIR=pair, D=d,
+        STAGES=2 if d == 128 else 4, num_warps=4, maxnreg=168, enable_fp_fusion=True,
+    )  # fmt: skip
+    return args, options
+
+
+def readable(t: Tensor) -> Tensor:
+    """`t`, or a copy if TMA cannot walk it: unit stride along D, the others positive multiples of 16 bytes."""
+    odd = any(s <= 0 or s % 8 for s, size in zip(t.stride()[:-1], t.shape[:-1]) if size > 1)
+    return t.contiguous() if odd or t.stride(-1) != 1 or t.data_ptr() % 16 else t
+
+
+def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+    """A TMA descriptor of `[B, H, N, D]`; the stride of an axis of length 1 may be anything in torch."""
+    strides = [s if size > 1 else t.shape[-1] for s, size in zip(t.stride()[:-1], t.shape[:-1])]
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], block, shared_layout(block, DTYPES[t.dtype]))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

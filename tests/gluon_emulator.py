@@ -1,0 +1,285 @@
+"""Runs the Gluon kernel's Python source on the CPU: threads for partitions, real barrier phases, delayed copies.
+
+Enough of the Gluon language to execute `foveate/kernels/gluon/kernel.py` line by line: it shows deadlocks, wrong
+phases, wrong coordinates and wrong masks without a GPU. It does not show what the compiler makes of the source. Copies
+by TMA land late and in any order, products read shared memory when they are waited for, and unwritten shared memory is
+NaN, so that a missing wait or an early release gives a wrong result.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+PATIENCE = 60.0  # seconds without progress at a barrier count as a deadlock
+
+
+class Value(torch.Tensor):
+    """A tensor with the `.type.layout` that the kernel asks for."""
+
+    type = property(lambda self: SimpleNamespace(layout=None))  # type: ignore[assignment]
+
+
+def value(x, dtype=None):
+    return torch.as_tensor(x, dtype=dtype).as_subclass(Value)
+
+
+class Pointer:
+    def __init__(self, data, offset=0):
+        self.data, self.offset = data, offset
+
+    def __add__(self, other):
+        return Pointer(self.data, self.offset + other)
+
+    def where(self):
+        at = torch.as_tensor(self.offset)
+        assert bool(((at >= 0) & (at < self.data.numel())).all()), f"address {at} outside {self.data.numel()}"
+        return at
+
+
+class Bar:
+    def __init__(self):
+        self.cond = threading.Condition()
+        self.parity = self.bytes = 0
+
+    def init(self, count):
+        self.count = self.pending = count
+
+    def change(self, arrivals=0, size=0):
+        with self.cond:
+            self.pending -= arrivals
+            self.bytes += size
+            assert self.pending >= 0, "more arrivals than the barrier counts"
+            if self.pending == 0 and self.bytes == 0:
+                self.parity ^= 1
+                self.pending = self.count
+                self.cond.notify_all()
+
+    def wait(self, parity):
+        with self.cond:
+            if not self.cond.wait_for(lambda: self.parity != int(parity) or Machine.failed, PATIENCE):
+                raise RuntimeError("deadlock at a barrier")
+            if Machine.failed:
+                raise RuntimeError("another partition failed")
+
+
+class Shared:
+    """Blocks of `[rows, cols]` in the order of a 128-byte swizzle: 64 columns of all rows, then the next 64."""
+
+    def __init__(self, flat, rows, cols, at=None, flip=False):
+        self.flat, self.rows, self.cols, self.at, self.flip = flat, rows, cols, at, flip
+        self.dtype = flat.dtype
+
+    def index(self, i):
+        return Shared(self.flat, self.rows, self.cols, int(i))
+
+    def permute(self, order):
+        return Shared(self.flat, self.rows, self.cols, self.at, True)
+
+    def _block(self):
+        size = self.rows * self.cols
+        assert 0 <= (self.at + 1) * size <= self.flat.numel()
+        part = min(64, self.cols)
+        return self.flat[self.at * size : (self.at + 1) * size].view(self.cols // part, self.rows, part)
+
+    def store(self, x):
+        part = min(64, self.cols)
+        self._block().copy_(torch.Tensor(x).reshape(self.rows, self.cols // part, part).transpose(0, 1))
+
+    def load(self, layout=None):
+        x = self._block().transpose(0, 1).reshape(self.rows, self.cols).clone()
+        if self.rows == self.cols == 1:
+            return value(x.view(1))
+        return value(x.T if self.flip else x)
+
+
+class Bars:
+    def __init__(self, n):
+        self.bars = [Bar() for _ in range(n)]
+
+    def index(self, i):
+        return self.bars[int(i)]
+
+
+class Descriptor:
+    def __init__(self, tensor, block):
+        self.tensor, self.block, self.dtype, self.layout = tensor, block, tensor.dtype, None
+
+    def window(self, coord):
+        b, h, row, col = (int(c) for c in coord)
+        assert self.block[:2] == [1, 1] and 0 <= b < self.tensor.shape[0] and 0 <= h < self.tensor.shape[1]
+        return self.tensor[b, h, max(row, 0) : max(row + self.block[2], 0), col : col + self.block[3]]
+
+
+class Pending:
+    """A product in flight; it reads its operands when it is waited for."""
+
+    def __init__(self, run):
+        self.run, self.result = run, None
+
+
+class Machine:
+    """One launch. Class attributes are the state of the launch under way (one at a time)."""
+
+    failed = False
+    local = threading.local()
+
+    @classmethod
+    def start(cls, functions):
+        threads = []
+        cta = cls.local.cta
+
+        def work(fn, args):
+            cls.local.cta, cls.local.queue = cta, []
+            try:
+                fn(*args)
+            except BaseException as err:
+                cls.errors.append(err)
+                Machine.failed = True
+
+        for fn, args in functions:
+            threads.append(threading.Thread(target=work, args=(fn, args), daemon=True))
+            threads[-1].start()
+        for t in threads:
+            t.join(PATIENCE * 3)
+            assert not t.is_alive(), "a partition did not end"
+
+
+def _mma(a, b, acc, use_acc=True, is_async=True):
+    def run():
+        left = a.load() if isinstance(a, Shared) else a
+        product = left.float() @ b.load().float()
+        return product + acc if use_acc else product
+
+    p = Pending(run)
+    Machine.local.queue.append(p)
+    return p
+
+
+def _mma_wait(outstanding, deps):
+    queue = Machine.local.queue
+    time.sleep(random.random() * 3e-3)  # time for others to overwrite what was released too early
+    while len(queue) > outstanding:
+        p = queue.pop(0)
+        p.result = value(p.run())
+    return deps[0].result
+
+
+def _tma_load(desc, coord, bar, dst):
+    assert [dst.rows, dst.cols] == desc.block[2:]
+    size = desc.block[2] * desc.block[3] * 2
+
+    def land():
+        time.sleep(max(0.0, random.random() - 0.5) * 4e-3)
+        block = torch.zeros(dst.rows, dst.cols, dtype=dst.dtype)
+        got = desc.window(coord)
+        block[: got.shape[0]] = got
+        dst.store(block)
+        bar.change(size=-size)
+
+    threading.Thread(target=land, daemon=True).start()
+
+
+def _tma_store(desc, coord, src):
+    to = desc.window(coord)
+    to.copy_(src.load()[: to.shape[0]])
+
+
+def _allocate(dtype, shape, layout=None):
+    if dtype == torch.int64:
+        return Bars(shape[0])
+    fill = float("nan") if dtype.is_floating_point else 1 << 29
+    rows, cols = shape[1:] if len(shape) == 3 else (1, 1)
+    return Shared(torch.full((shape[0] * rows * cols,), fill, dtype=dtype), rows, cols)
+
+
+def _atomic_add(ptr, x):
+    with Machine.lock:
+        old = int(ptr.data[int(ptr.where())])
+        ptr.data[int(ptr.where())] += x
+    return value(old)
+
+
+def _store(ptr, x, mask=None):
+    keep = torch.Tensor(mask) if mask is not None else torch.ones_like(torch.Tensor(x), dtype=torch.bool)
+    at = torch.as_tensor(ptr.offset)[keep]
+    assert bool(((at >= 0) & (at < ptr.data.numel())).all())
+    ptr.data[at] = torch.Tensor(x)[keep].to(ptr.data.dtype)
+
+
+def _binary(fn):
+    return lambda a, b: value(fn(torch.as_tensor(a), torch.as_tensor(b)))
+
+
+def _none(*args, **kwargs):
+    return None
+
+
+def _same(x, *args, **kwargs):
+    return x
+
+
+def language():
+    """The names that the kernel imports from its shim."""
+    gl = SimpleNamespace(
+        constexpr=lambda x: x, static_range=range, float32=torch.float32, int32=torch.int32, int64=torch.int64,
+        BlockedLayout=_none, SliceLayout=_none, NVMMADistributedLayout=_none, DotOperandLayout=_none,
+        SwizzledSharedLayout=_none, convert_layout=_same, allocate_shared_memory=_allocate,
+        arange=lambda a, b, layout=None: value(torch.arange(a, b)),
+        zeros=lambda s, d, l=None: value(torch.zeros(s, dtype=d)),
+        full=lambda s, x, d, l=None: value(torch.full(s, x, dtype=d)), expand_dims=lambda x, a: x.unsqueeze(a),
+        where=lambda c, a, b: value(torch.where(torch.as_tensor(c), a, b)), max=lambda x, a: x.amax(a),
+        sum=lambda x, a: x.sum(a), exp2=torch.exp2, log2=torch.log2, minimum=_binary(torch.minimum),
+        maximum=_binary(torch.maximum), load=lambda p: value(p.data[p.where()].to(torch.int64)), store=_store,
+        atomic_add=_atomic_add, program_id=lambda axis: value(Machine.local.cta), num_programs=lambda axis: Machine.ctas,
+        warp_specialize=lambda functions, warps, registers: Machine.start(functions),
+    )  # fmt: skip
+    barrier = SimpleNamespace(
+        MBarrierLayout=_none, init=lambda bar, count: bar.init(count), wait=lambda bar, phase: bar.wait(phase),
+        arrive=lambda bar, count: bar.change(arrivals=count), expect=lambda bar, size: bar.change(1, size),
+    )  # fmt: skip
+    jit = SimpleNamespace(jit=lambda fn=None, **kw: fn if fn is not None else (lambda f: f))
+    return dict(
+        gl=gl, gluon=jit, mbarrier=barrier, fence_async_shared=_none, partition_barrier=_none, store_wait=_none,
+        tma_load=_tma_load, tma_store=_tma_store, warpgroup_mma=_mma, warpgroup_mma_wait=_mma_wait,
+        as_blocks=lambda buf, desc, count, rows, cols: Shared(buf.flat, rows, cols),
+    )  # fmt: skip
+
+
+def load_kernel(path: Path):
+    """The module `kernel.py` with its shim replaced by the emulated language."""
+    shim = types.ModuleType("gluon_emulated.shim")
+    shim.__dict__.update(language())
+    package = types.ModuleType("gluon_emulated")
+    package.__path__ = []
+    sys.modules.update({"gluon_emulated": package, "gluon_emulated.shim": shim})
+    spec = importlib.util.spec_from_file_location("gluon_emulated.kernel", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def launch(kernel, ctas, *args, **options):
+    """Run `kernel` with that many CTAs at once; raises what any partition raised."""
+    Machine.failed, Machine.errors, Machine.lock, Machine.ctas = False, [], threading.Lock(), ctas
+
+    def cta(i):
+        Machine.local.cta, Machine.local.queue = i, []
+        kernel(*args, **options)
+
+    threads = [threading.Thread(target=cta, args=(i,), daemon=True) for i in range(ctas)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(PATIENCE * 4)
+    if Machine.errors:
+        raise Machine.errors[0]
+    assert not any(t.is_alive() for t in threads), "a CTA did not end"

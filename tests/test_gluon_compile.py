@@ -1,0 +1,249 @@
+"""The Gluon backend without a GPU: it compiles for Hopper without spills, its source runs right under the emulator."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from foveate.kernels import gluon, reference
+from foveate.kernels.base import Want
+from foveate.kv import KV
+from foveate.layout import Layout
+from tests import gluon_emulator as emulator
+
+SOURCE = Path(gluon.__file__).parent / "kernel.py"
+SHARED = 232_448  # bytes of shared memory a CTA may have on Hopper
+
+
+# ---------------------------------------------------------------------- what it refuses
+def _call(n=256, d=64, dtype=torch.bfloat16, dv=None, layout=None, g=2, **kv):
+    q = torch.zeros(1, 4, n, d, dtype=dtype)
+    view = KV.dense(torch.zeros(1, g, n, d, dtype=dtype), torch.zeros(1, g, n, dv or d, dtype=dtype), **kv)
+    return q, view, layout or Layout.dense(1, 4, n, n)
+
+
+def _tiles(n=256, width=128, block_q=128, **more):
+    mask = torch.ones(1, 4, -(-n // block_q), -(-n // width), dtype=torch.bool)
+    return Layout.from_block_mask(mask, n, n, block_q=block_q, block_k=width, **more)
+
+
+COLUMN = torch.zeros(1, 4, 2, 1, dtype=torch.int32)
+REFUSED = {
+    "mass": (_call(), Want(mass=True), "mass"),
+    "softcap": (_call(), Want(softcap=True), "softcap"),
+    "static": (_call(layout=Layout.static((1, 4, 256, 256), sink=4, window=64)), Want(), "static rules"),
+    "entries": (_call(layout=Layout.lists((1, 4, 256, 256), block_q=128, entries=COLUMN)), Want(), "single entries"),
+    "block_q": (_call(layout=_tiles(block_q=64)), Want(), "128 rows"),
+    "width": (_call(layout=_tiles(width=32)), Want(), "tiles of 64 and 128 keys, not 32"),
+    "len": (_call(len=torch.full((1, 2), 200)), Want(), "different length"),
+    "bias": (_call(bias=torch.zeros(1, 2, 256)), Want(), "entry weights"),
+    "pos": (_call(pos=torch.arange(256).expand(1, 2, 256)), Want(), "positions"),
+    "fp32": (_call(dtype=torch.float32), Want(), "bf16 and fp16, not float32"),
+    "head dim": (_call(d=96), Want(), "not 96"),
+    "value dim": (_call(d=64, dv=128), Want(), "not 64 and 128"),
+    "cpu": (_call(layout=_tiles(width=64)), Want(lse=True), "Hopper"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_with_a_reason(name):
+    call, want, reason = REFUSED[name]
+    assert reason in gluon.supports(*call, want)
+
+
+# ---------------------------------------------------------------------- compilation
+def _tool(*names):
+    triton = pytest.importorskip("triton")
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    found = [folder / n for n in names if (folder / n).exists()]
+    if not found:
+        pytest.skip(f"this Triton ships none of {', '.join(names)}")
+    return found
+
+
+@pytest.mark.parametrize("dtype,d,layout", [
+    (torch.bfloat16, 128, _tiles(width=64)),
+    (torch.float16, 64, Layout.dense(1, 4, 256, 256, causal=False)),
+], ids=["bf16-128-pairs-causal", "fp16-64-dense"])  # fmt: skip
+def test_compiles_for_hopper_without_spills(dtype, d, layout, tmp_path):
+    nvdisasm = _tool("nvdisasm")[0]
+    ptxas = _tool("ptxas", "ptxas-blackwell")
+    if (why := gluon._missing()) is not None:
+        pytest.skip(why)
+    from foveate.kernels.gluon.kernel import attend_kernel
+    from foveate.kernels.gluon.launch import arguments
+    from foveate.kernels.gluon.prepare import Work
+    from foveate.kernels.gluon.shim import compile_sm90
+
+    def meta(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k = meta(1, 4, 4096, d, dtype=dtype), meta(1, 2, 4096, d, dtype=dtype)
+    work = Work(meta(1), meta(1, 4, 32, 64), meta(1, 4, 32, 2), 1)
+    built = compile_sm90(attend_kernel, *arguments(q, k, k, q, meta(1, 4, 4096, dtype=torch.float32), layout, work, 0.1))
+    assert built.metadata.shared <= SHARED
+    (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
+    (tmp_path / "kernel.ptx").write_text(built.asm["ptx"])
+    sass = subprocess.run([nvdisasm, "-c", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"\bHGMMA", sass)) == 2 * (3 * 8 * d // 128 + 2 * 8)  # 3 Q K^T and 2 P V a warpgroup
+    assert re.search(r"\bUTMALDG\.4D", sass) and re.search(r"\bUTMASTG\.4D", sass)
+    assert not re.search(r"\b(LDL|STL)\b", sass), "spills"
+    for tool in ptxas:  # one of them knows the PTX version
+        command = [tool, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "again.cubin"]
+        log = subprocess.run(command, capture_output=True, text=True)
+        if log.returncode == 0:
+            assert "0 bytes spill stores" in log.stderr
+            assert not re.search(r"C75\d\d|serializ", log.stderr), log.stderr
+            return
+    pytest.skip("no ptxas here reads this PTX")
+
+
+# ---------------------------------------------------------------------- the lists
+def plan_of(layout):
+    """What `plan_kernel` computes, entry by entry."""
+    _, _, n, m = layout.shape
+    width, (b, hl, nq) = layout.tile_width, layout.tile_count.shape
+    plan = torch.zeros(b, hl, nq, 2, dtype=torch.int32)
+    for i in range(b):
+        for h in range(hl):
+            for block in range(nq):
+                row = layout.tiles[i, h, block, : layout.tile_count[i, h, block]].tolist()
+                last = m - n + min(block * 128 + 128, n) - 1 if layout.causal else m - 1
+                first = min(m - n + block * 128, m - 1) if layout.causal else m - 1
+                used = [s for s in row if s <= last]
+                masked = 0  # entries from the end that hold a key some row must not see, or that a later one owns
+                for j, s in enumerate(used):
+                    if s + width - 1 > first or (j + 1 < len(row) and s + width > row[j + 1]):
+                        masked = max(masked, len(used) - j)
+                if width == 64:  # pairs from the end; in an odd list the last entry is alone
+                    odd = len(used) % 2
+                    masked = -(-(masked - odd) // 2) + odd if masked else odd
+                plan[i, h, block] = torch.tensor([len(used), max(masked, 1)])
+    return plan
+
+
+def random_lists(seed, b, hl, h, n, m, width, causal, density):
+    gen = torch.Generator().manual_seed(seed)
+    mask = torch.rand(b, hl, -(-n // 128), -(-m // width), generator=gen) < density
+    layout = Layout.from_block_mask(mask, n, m, block_q=128, block_k=width, heads=h, causal=causal)
+    unused = torch.arange(layout.tiles.shape[-1]) >= layout.tile_count[..., None]
+    layout.tiles.masked_fill_(unused, 1 << 28)  # whatever an unused slot holds must not matter
+    return layout
+
+
+PLAN_SCRIPT = """
+import torch
+from foveate.kernels.gluon.prepare import prepare
+from foveate.layout import Layout
+from tests.test_gluon_compile import plan_of, random_lists
+seed = 0
+for n, m in ((128, 128), (300, 300), (200, 700), (130, 64), (513, 20000)):
+    for width in (64, 128):
+        for causal in (True, False):
+            for b, hl in ((1, 4), (2, 2)):
+                seed += 1
+                layout = random_lists(seed, b, hl, 4, n, m, width, causal, 0.5)
+                work = prepare(layout, torch.device("cpu"))
+                assert torch.equal(work.plan, plan_of(layout)), (n, m, width, causal, work.plan, plan_of(layout))
+                assert int(work.counter) == 0 and work.share == 4 // hl
+tiles = torch.tensor([[[[0, 96, 200, 264, 500]]]])  # unaligned, overlapping
+for width in (64, 128):
+    layout = Layout.lists((1, 1, 100, 600), block_q=128, tile_width=width, tiles=tiles)
+    assert torch.equal(prepare(layout, torch.device("cpu")).plan, plan_of(layout))
+print("same")
+"""
+
+
+def test_plan_kernel_under_the_interpreter():
+    if (why := gluon._missing()) is not None:
+        pytest.skip(why)
+    root = Path(__file__).parent.parent
+    path = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", PLAN_SCRIPT], env=env, cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+# ---------------------------------------------------------------------- the kernel's source on the CPU
+KERNEL = emulator.load_kernel(SOURCE)
+
+
+def emulate(q, k, v, layout, scale, ctas):
+    b, h, n, d = q.shape
+    g, m = k.shape[1:3]
+    nq = -(-n // 128)
+    pair = not layout.full and layout.tile_width == 64
+    keys = [1, 1, 64, 64] if pair else [1, 1, 128, d]
+    out, lse = torch.full_like(q, float("nan")), torch.full((b * h * n,), float("nan"))
+    tiles = plan = torch.zeros(1, dtype=torch.int32)
+    strides, share = (0, 0, 0, 0), 1
+    if not layout.full:
+        tiles, plan = layout.tiles, plan_of(layout)
+        many, hl = tiles.shape[0] > 1, tiles.shape[1]
+        strides = (many * tiles.stride(0), tiles.stride(1), tiles.stride(2), many * hl * nq)
+        share = h // hl
+    emulator.launch(
+        KERNEL.attend_kernel, min(ctas, b * h * nq),
+        emulator.Descriptor(q, [1, 1, 64, d]), emulator.Descriptor(k, keys), emulator.Descriptor(v, keys),
+        emulator.Descriptor(out, [1, 1, 64, d]), emulator.Pointer(lse), emulator.Pointer(torch.zeros(1, dtype=torch.int32)),
+        emulator.Pointer(tiles.reshape(-1)), emulator.Pointer(plan.reshape(-1)), *strides, share, scale * math.log2(math.e),
+        b * h * nq, h, g, nq, n, m, FLAT=None, CAUSAL=layout.causal, DENSE=layout.full, PAIR=pair, D=d,
+        STAGES=2 if d == 128 else 4,
+    )  # fmt: skip
+    return out, lse.view(b, h, n)
+
+
+def check(layout, g, d, dtype=torch.bfloat16, ctas=3, scale=None):
+    b, h, n, m = layout.shape
+    gen = torch.Generator().manual_seed(n + m)
+    q, k, v = (torch.randn(b, x, y, d, generator=gen).to(dtype) for x, y in ((h, n), (g, m), (g, m)))
+    scale = scale or 1 / math.sqrt(d)
+    out, lse = emulate(q, k, v, layout, scale, ctas)
+    view = KV.dense(k.double(), v.double())
+    want, want_lse, _ = reference.forward(q.double(), view, layout, scale=scale, softcap=0.0, want=Want(lse=True))
+    assert bool(torch.isfinite(out).all())
+    assert torch.equal(lse.isneginf(), want_lse.isneginf())
+    dead = want_lse.isneginf()
+    assert bool((out[dead] == 0).all())
+    torch.testing.assert_close(lse[~dead].double(), want_lse[~dead], atol=1e-5, rtol=1e-5)
+    assert float((out.double() - want).norm()) <= 4e-3 * float(want.norm())
+    return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("width", [128, 64])
+@pytest.mark.parametrize("b,h,g,hl,n,m,d", [
+    (2, 4, 2, 4, 300, 300, 64), (1, 4, 1, 1, 257, 520, 128), (1, 2, 2, 2, 100, 513, 64), (1, 2, 1, 2, 300, 100, 64),
+])  # fmt: skip
+def test_lists_under_the_emulator(causal, width, b, h, g, hl, n, m, d):
+    check(random_lists(n + width, b, hl, h, n, m, width, causal, 0.6), g, d)
+
+
+@pytest.mark.parametrize(
+    "n,m,causal,d", [(130, 130, True, 128), (200, 333, True, 64), (200, 100, True, 64), (90, 200, False, 64)]
+)
+def test_dense_under_the_emulator(n, m, causal, d):
+    check(Layout.dense(1, 2, n, m, causal=causal), 1, d, dtype=torch.float16)
+
+
+def test_unaligned_and_overlapping_tiles_under_the_emulator():
+    tiles = torch.tensor([[[[0, 70, 100, 200, 330], [10, 100, 164, 300, 480]]]])
+    count = torch.tensor([[[4, 5]]])
+    for width in (64, 128):
+        layout = Layout.lists((1, 1, 200, 500), block_q=128, tile_width=width, tiles=tiles, tile_count=count)
+        check(layout, 1, 64)
+
+
+def test_empty_and_extreme_lists_under_the_emulator():
+    mask = torch.zeros(1, 2, 3, 6, dtype=torch.bool)
+    mask[:, 1, 2] = True  # one row of blocks owns everything
+    out = check(Layout.from_block_mask(mask, 300, 380, block_q=128, block_k=64), 1, 64, ctas=5)
+    assert bool((out[:, 0] == 0).all())
+    check(Layout.from_block_mask(~mask, 300, 380, block_q=128, block_k=64), 2, 64, scale=3.0)
