@@ -13,8 +13,8 @@ from .recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
-    "KV", "FoveateError", "Layout", "Part", "Parts", "Recipe", "apply", "attend", "explain", "merge", "methods",
-    "remove", "use",
+    "KV", "FoveateError", "Layout", "Part", "Parts", "Recipe", "apply", "attend", "explain", "list_methods",
+    "merge", "remove", "use",
 ]  # fmt: skip
 
 _LAZY = {"apply": "transformers", "remove": "transformers", "use": "transformers"}
@@ -29,8 +29,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'foveate' has no attribute {name!r}")
 
 
-def methods() -> list[str]:
-    """The ids of all methods."""
+def list_methods() -> list[str]:
+    """The ids of all methods. (`foveate.methods` is the package that holds them.)"""
     from .registry import METHODS
 
     return list(METHODS)

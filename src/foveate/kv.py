@@ -23,13 +23,15 @@ class KV:
 
     Attributes:
         k, v: storage. dense `[B, G, M, D]` and `[B, G, M, Dv]`; paged pools `[pages, page, D]`; ragged flat `[T, D]`.
+            Of one dtype; any strides.
         kind: "dense", "paged" or "ragged".
         len: int32 `[B, G]`, entries that exist; None means all M (dense only).
         table: int32 `[B, G, n]`, page numbers (paged only). A page belongs to one kv head; a pool laid out
             `[pages, G, page, D]` is the same storage seen as `[pages * G, page, D]` with table * G + g.
         offsets: int64 `[B, G]`, first row of each segment in the flat buffers (ragged only).
         capacity: M, an upper bound of `len` known to the host; lists and masks have this width.
-        pos: int `[B, G, M]`, text position of each entry; None means the entry number.
+        pos: int `[B, G, M]`, text position of each entry; None means the entry number. A layout over such a view
+            says where its queries stand (`Layout.q_pos`).
         bias: float `[B, G, M]`, added to the logit of each entry; may require a gradient.
     """
 
@@ -91,21 +93,44 @@ class KV:
             raise ShapeError(
                 f"v: expected dtype {self.k.dtype} on {self.k.device} like k, got {self.v.dtype} on {self.v.device}"
             )
-        if self.kind == "dense":
-            lead = tuple(self.k.shape[:2])
-        else:
-            index = self.table if self.kind == "paged" else self.offsets
-            assert index is not None
-            lead = tuple(index.shape[:2])
-        for name in ("len", "offsets"):
+        lead = self.shape[:2]
+        shapes = {"len": lead, "offsets": lead, "pos": (*lead, self.capacity), "bias": (*lead, self.capacity)}
+        for name in ("table", "len", "offsets", "pos", "bias"):
             t = getattr(self, name)
-            if t is not None and tuple(t.shape) != lead:
-                raise ShapeError(f"{name}: expected [B, G] = {list(lead)}, got {list(t.shape)}")
-        for name in ("pos", "bias"):
-            t = getattr(self, name)
-            if t is not None and tuple(t.shape) != (*lead, self.capacity):
-                raise ShapeError(f"{name}: expected [B, G, M] = {[*lead, self.capacity]}, got {list(t.shape)}")
+            if t is None:
+                continue
+            axes = "[B, G]" if len(shapes.get(name, ())) == 2 else "[B, G, M]"
+            if name in shapes and tuple(t.shape) != shapes[name]:
+                raise ShapeError(f"{name}: expected {axes} = {list(shapes[name])}, got {list(t.shape)}")
+            if t.is_floating_point() != (name == "bias") or t.dtype == torch.bool:
+                raise ShapeError(f"{name}: expected {'floats' if name == 'bias' else 'integers'}, got {t.dtype}")
+            if t.device != self.k.device:
+                raise ShapeError(f"{name}: expected a tensor on {self.k.device} like k, got {t.device}")
         return self
+
+    def validate(self) -> None:
+        """Raise ShapeError if lengths, pages or segments reach outside the storage (a few host synchronisations).
+
+        Views that the library's own caches build are trusted and skip this.
+        """
+        if self.len is not None:
+            self._within("len", self.len, 0, self.capacity)
+        if self.kind == "paged":
+            assert self.table is not None
+            used = torch.arange(self.table.shape[2], device=self.device) * self.k.shape[1] < self.lengths()[..., None]
+            self._within("table", torch.where(used, self.table, 0), 0, max(0, self.k.shape[0] - 1))
+        if self.kind == "ragged":
+            assert self.offsets is not None
+            self._within("offsets", self.offsets, 0, self.k.shape[0])
+            self._within("offsets + len", self.offsets + self.lengths(), 0, self.k.shape[0])
+
+    @staticmethod
+    def _within(name: str, t: Tensor, low: int, high: int) -> None:
+        wrong = (t < low) | (t > high)
+        if bool(wrong.any()):
+            b, g, *page = wrong.nonzero()[0].tolist()
+            at = f"batch row {b}, kv head {g}" + (f", page {page[0]}" if page else "")
+            raise ShapeError(f"{name}: expected {low} to {high}, got {int(t[wrong][0])} ({at})")
 
     # ---------------------------------------------------------------- reading
     @property
@@ -144,7 +169,10 @@ class KV:
         return live if self.bias is None else live & (self.bias > float("-inf"))
 
     def rows(self, entries: Tensor) -> Tensor:
-        """Row numbers in the flattened storage of entries `[B, G, ...]` (no bounds check); see `flat`."""
+        """Row numbers in the flattened storage of entries `[B, G, ...]`, 0 <= entry < M; see `flat`.
+
+        An entry beyond `len` gives some row of paged and ragged storage, never one outside it.
+        """
         b, g, m, _, _ = self.shape
         entries = entries.to(torch.int64)
         lead = (b, g) + (1,) * (entries.dim() - 2)
@@ -153,14 +181,17 @@ class KV:
             return base + entries
         if self.kind == "ragged":
             assert self.offsets is not None
-            return self.offsets.view(lead) + entries
+            return (self.offsets.view(lead) + entries).clamp(0, max(0, self.k.shape[0] - 1))
         assert self.table is not None
-        page = self.k.shape[1]
-        slot = (entries // page).flatten(2)
-        return (torch.gather(self.table.to(torch.int64), 2, slot).view(entries.shape)) * page + entries % page
+        pages, page = self.k.shape[:2]
+        number = torch.gather(self.table.to(torch.int64), 2, (entries // page).flatten(2)).view(entries.shape)
+        return number.clamp(0, max(0, pages - 1)) * page + entries % page
 
     def flat(self) -> tuple[Tensor, Tensor]:
-        """Storage as rows `[T, D]` and `[T, Dv]`, the space that `rows` indexes (a copy only if strided oddly)."""
+        """Storage as rows `[T, D]` and `[T, Dv]`, the space that `rows` indexes.
+
+        Copies a dense view that is not contiguous, such as the used part of a larger buffer: index that as it is.
+        """
         return self.k.reshape(-1, self.k.shape[-1]), self.v.reshape(-1, self.v.shape[-1])
 
     def gather(self, entries: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,15 +208,15 @@ class KV:
     def to_dense(self) -> KV:
         """The same entries as a dense view. Slots beyond `len` are zero, whatever the storage held there."""
         b, g, m, _, _ = self.shape
+        if self.kind == "dense" and self.len is None:
+            return self
         live = (torch.arange(m, device=self.device) < self.lengths()[..., None])[..., None]
         if self.kind == "dense":
-            if self.len is None:
-                return self
             k, v = self.k, self.v
+        elif self.k.numel() == 0:
+            k, v = (t.new_zeros(b, g, m, t.shape[-1]) for t in (self.k, self.v))
         else:
-            entries = torch.arange(m, device=self.device).expand(b, g, m)
-            entries = torch.minimum(entries, (self.lengths() - 1).clamp(min=0)[..., None])
-            k, v = self.gather(entries)
+            k, v = self.gather(torch.arange(m, device=self.device).expand(b, g, m))
         k, v = k.masked_fill(~live, 0), v.masked_fill(~live, 0)
         return KV(k, v, "dense", m, len=self.len, pos=self.pos, bias=self.bias)
 

@@ -15,8 +15,10 @@ A head sees the union of up to four parts; a key named by two of them counts onc
     tile owns what two share) and
     `columns` (single keys). A million-token vertical-slash head is a few kilobytes.
 
-`full=True` is dense attention. Index tensors may have 1 for B, and any divisor of H for H (H // G query heads then
-share one list). Rows are int32, padded beyond their count with anything in range.
+A head has (b) and (c), or (d), never both; the rule (a) may stand beside either and may name the same keys.
+Distances are counted in entry numbers, so (d) is for views in text order (`kv.pos` None; under ragged `kv.len` give
+`q_pos`). `full=True` is dense attention. Index tensors may have 1 for B, and any divisor of H for H (H // G query
+heads then share one list). Rows are int32, padded beyond their count with anything in range.
 """
 
 from __future__ import annotations
@@ -27,16 +29,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from . import lists
+from . import checks, convert, counts, lists
+from .convert import Inverse
 from .errors import LayoutError
 from .kv import KV
-from .lists import Inverse
-
-INDEX_FIELDS = ("tiles", "entries", "diagonals", "columns")
-RULE_FIELDS = ("sink", "window", "stride", "phase")
-NO_LIMIT = 2**30  # a window nothing is older than
+from .lists import INDEX_FIELDS, NO_LIMIT, RULE_FIELDS
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ class Layout:
         causal: a pair needs pos[key] <= q_pos[query].
         full: every (causally visible) pair; all other parts are then absent.
         block_q, q_offset: rows in a query block; rows of block 0 that lie before this call's first row.
-        q_pos: int `[B, N]` text positions of the query rows; None: the last N positions before `kv.len`.
+        q_pos: int `[B, N]` text positions of the query rows; None: the last N positions before `kv.len`. A view
+            with its own `kv.pos` wants it given, since entry numbers say nothing about positions there.
         sink, window, stride, phase: int32 `[B|1, Hl]`, the static rule (0 switches a part off); key block
             p // tile_width is seen when stride > 0 and (p // tile_width) % stride == phase.
         tiles, tile_count, tile_width: int32 `[B|1, Hl, nq, T]`, `[B|1, Hl, nq]`, keys per tile.
@@ -97,18 +96,15 @@ class Layout:
         q_pos: Tensor | None = None,
         causal: bool = True,
         device: torch.device | str = "cpu",
+        validate: bool = True,
     ) -> Layout:
-        """A rule without lists. Each of sink, window, stride, phase is an int or a tensor `[Hl]` or `[B|1, Hl]`."""
-        for name, value in (("sink", sink), ("window", window), ("stride", stride or 0), ("phase", phase or 0)):
-            if not isinstance(value, Tensor) and value < 0:
-                raise LayoutError(f"{name}: expected a number of keys >= 0, got {value}")
+        """A rule without lists. Each of sink, window, stride, phase is an int or a tensor `[Hl]` or `[B|1, Hl]`.
 
-        def rule(x: int | Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            t = x.to(torch.int32) if isinstance(x, Tensor) else torch.full((1, 1), min(x, NO_LIMIT), dtype=torch.int32)
-            return (t if t.dim() == 2 else t.view(1, -1)).to(device)
-
+        Tensors are checked for negative values with one synchronisation each, unless `validate` is False.
+        """
+        rule = {"sink": sink, "window": window, "stride": stride, "phase": phase}
+        if stride is not None and phase is None:
+            rule["phase"] = 0
         return Layout(
             shape,
             causal=causal,
@@ -116,10 +112,7 @@ class Layout:
             q_offset=q_offset,
             tile_width=stride_block,
             q_pos=q_pos,
-            sink=rule(sink),
-            window=rule(window),
-            stride=rule(stride),
-            phase=rule(phase if phase is not None else (0 if stride is not None else None)),
+            **{name: _rule(name, value, device, validate) for name, value in rule.items()},
         )
 
     @staticmethod
@@ -132,14 +125,20 @@ class Layout:
         tile_count: Tensor | None = None,
         entries: Tensor | None = None,
         entry_count: Tensor | None = None,
-        sink: Tensor | None = None,
-        window: Tensor | None = None,
+        sink: int | Tensor | None = None,
+        window: int | Tensor | None = None,
         q_offset: int = 0,
         q_pos: Tensor | None = None,
         causal: bool = True,
         validate: bool = True,
     ) -> Layout:
-        """Per-block lists given by the user; validated here with one synchronisation (LayoutError names the row)."""
+        """Per-block lists given by the user; validated here with a few synchronisations (LayoutError names the place).
+
+        Rows of tile starts and of entries ascend. Tiles may overlap: the later one owns the shared keys. Entries that
+        lie inside a tile of their row are dropped.
+        """
+        index = tiles if tiles is not None else entries
+        device = "cpu" if index is None else index.device
         layout = Layout(
             shape,
             causal=causal,
@@ -147,15 +146,15 @@ class Layout:
             q_offset=q_offset,
             tile_width=tile_width,
             q_pos=q_pos,
-            sink=sink,
-            window=window,
-            tiles=_int32(tiles),
+            sink=_rule("sink", sink, device, validate),
+            window=_rule("window", window, device, validate),
+            tiles=_int32("tiles", tiles),
             tile_count=_counts(tiles, tile_count),
-            entries=_int32(entries),
+            entries=_int32("entries", entries),
             entry_count=_counts(entries, entry_count),
         )
         if validate:
-            layout.validate()
+            checks.lists_fit(layout)
         if tiles is not None and entries is not None:
             e, c = lists.drop_covered(layout)
             layout = replace(layout, entries=e, entry_count=c)
@@ -173,12 +172,18 @@ class Layout:
         tile_width: int = 64,
         q_offset: int = 0,
         q_pos: Tensor | None = None,
+        validate: bool = True,
     ) -> Layout:
         """Diagonals (distances `[B|1, Hl, S]`) and columns `[B|1, Hl, V]` shared by every row; causal.
 
-        Any distances may be given, in any order: rows of a block reach a distance d as the tile [e-d-block_q, e-d),
-        and the union of those tiles is re-cut here into tiles of `tile_width`.
+        Any distances and columns 0..M-1 may be given, in any order, repeated or not: rows of a block that ends before
+        position e reach a distance d as the keys [e-d-block_q, e-d), and the union of those is re-cut here into tiles
+        of `tile_width` (it may grow by less than a tile per run of neighbouring distances). Time and scratch memory
+        are O(M) per head; `validate=False` saves four of the five synchronisations.
         """
+        if validate:
+            checks.in_range("diagonals", diagonals, _counts(diagonals, diagonal_count), shape[3])
+            checks.in_range("columns", columns, _counts(columns, column_count), shape[3])
         d, dc = lists.merge_diagonals(diagonals, diagonal_count, shape[3], block_q, tile_width)
         c, cc = lists.sort_unique(columns, column_count)
         return Layout(
@@ -207,6 +212,8 @@ class Layout:
         causal: bool = True,
     ) -> Layout:
         """From a boolean block map `[B, Hl, nq, nk]` (True: compute the block). No host synchronisation."""
+        if mask.dim() != 4 or mask.dtype != torch.bool:
+            raise LayoutError(f"mask: expected bool [B, H, nq, nk], got {mask.dtype} {list(mask.shape)}")
         b, hl, nq, nk = mask.shape
         want = (-(-(n + q_offset) // block_q), -(-m // block_k))
         if (nq, nk) != want:
@@ -225,22 +232,33 @@ class Layout:
 
     @staticmethod
     def from_csr(
-        indptr: Tensor, ids: Tensor, shape: tuple[int, int, int, int], *, block_q: int, block_k: int, causal: bool = True
+        indptr: Tensor,
+        ids: Tensor,
+        shape: tuple[int, int, int, int],
+        *,
+        block_q: int,
+        block_k: int,
+        causal: bool = True,
+        q_offset: int = 0,
+        q_pos: Tensor | None = None,
     ) -> Layout:
-        """From CSR over (b, h, query block) rows: indptr `[B*H*nq + 1]`, ids = ascending key block numbers."""
-        return replace(
-            lists.csr_to_lists(Layout, indptr, ids, shape, block_q, block_k), causal=causal, q_offset=0
-        ).validated()
+        """From CSR over (b, h, query block) rows: indptr `[B*H*nq + 1]`, ids = ascending key block numbers. Validated."""
+        plain = dict(causal=causal, q_offset=q_offset, q_pos=q_pos)
+        return convert.from_csr(Layout, indptr, ids, shape, block_q, block_k, **plain).validated()
 
     @staticmethod
     def from_torch_block_mask(block_mask: object, h: int, *, causal: bool = True) -> Layout:
         """From a `flex_attention.BlockMask`: its block structure; its mask_mod must be causal or none."""
-        return lists.from_torch_block_mask(Layout, block_mask, h, causal)
+        return convert.from_torch_block_mask(Layout, block_mask, h, causal)
 
     @staticmethod
     def by_head(mask: Tensor, a: Layout, b: Layout) -> Layout:
-        """Heads where `mask` (bool `[H]` or `[B, H]`) is True follow `a`, the others follow `b`."""
-        return lists.by_head(mask, a, b)
+        """Heads where `mask` (bool `[H]` or `[B, H]`) is True follow `a`, the others follow `b`.
+
+        Lists of both sides need one grid of query blocks and one tile width; a rule or a dense side follows the other
+        side's grid. Raises LayoutError with the reason otherwise.
+        """
+        return convert.by_head(mask, a, b)
 
     # ------------------------------------------------------------------ properties
     @property
@@ -296,39 +314,71 @@ class Layout:
         return torch.device("cpu")
 
     # ------------------------------------------------------------------ meaning
-    def to_mask(self, kv: KV | None = None) -> Tensor:
-        """bool `[B, H, N, M]`: the pairs this layout names. For tests and pictures; costs N x M."""
-        return lists.to_mask(self, kv)
+    def to_mask(self, kv: KV | None = None, rows: Tensor | None = None) -> Tensor:
+        """bool `[B, H, N, M]`: the pairs this layout names. For tests and pictures; costs N x M.
 
-    def to_block_mask(self, block_q: int, block_k: int) -> Tensor:
-        """bool `[B, H, nq, nk]`: aligned blocks that hold at least one named pair (causal blocks only)."""
-        return lists.to_block_mask(self, block_q, block_k)
+        With `rows` int64 `[R]`, numbers of this call's query rows: `[B, H, R, M]` of those alone, for the memory of
+        those alone.
+        """
+        return lists.to_mask(self, kv, rows)
+
+    def to_block_mask(self, block_q: int, block_k: int, kv: KV | None = None, q_offset: int = 0) -> Tensor:
+        """bool `[B, H, nq, nk]`: blocks that hold at least one named and visible pair; exact.
+
+        Key blocks count from entry 0. `q_offset` rows of row block 0 lie before this call's first row: 0 anchors the
+        grid at the call, `layout.q_offset` at the layout's own query blocks. Give `kv` when it has lengths, positions
+        or biases of its own.
+        """
+        return counts.to_block_mask(self, block_q, block_k, kv, q_offset)
 
     def to_csr(self) -> tuple[Tensor, Tensor]:
         """(indptr int64 `[B*H*nq + 1]`, ids int32) of a tile layout whose tiles are aligned to `tile_width`."""
-        return lists.to_csr(self)
+        return convert.to_csr(self)
 
     def to_torch_block_mask(self, block: int = 128) -> object:
-        """A `torch.nn.attention.flex_attention.BlockMask` that computes exactly these pairs."""
-        return lists.to_torch_block_mask(self, block)
+        """A `torch.nn.attention.flex_attention.BlockMask` that computes exactly these pairs, for default positions.
+
+        Its mask_mod evaluates the rule and searches the lists, so it holds nothing of size N x M beyond the block
+        structure that every BlockMask has.
+        """
+        return convert.to_torch_block_mask(self, block)
 
     def inverse(self) -> Inverse:
-        """For each key tile the query blocks that list it, ascending: what the backward pass walks."""
-        return lists.inverse(self)
+        """For each key tile, and each single key, the query blocks that list it, ascending: what a backward pass over
+        keys walks. Tiles and diagonals of any origin, per list head; the rule is not part of it. Deterministic."""
+        return convert.inverse(self)
 
-    def pairs(self) -> Tensor:
-        """int64 `[B, H]`: named pairs (for default positions; costs the lists, not N x M)."""
-        return lists.count_pairs(self)
+    def pairs(self, kv: KV | None = None) -> Tensor:
+        """int64 `[B, H]`: named and visible pairs. Exact, without N x M memory.
 
-    def density(self) -> float:
-        """Named pairs / visible pairs, over all heads."""
-        return float(self.pairs().sum()) / max(1, lists.visible_pairs(self) * self.shape[0] * self.shape[1])
+        A view with positions or biases of its own (`kv`) and permuted `q_pos` cost time N x M; everything else costs
+        time in proportion to the lists.
+        """
+        return counts.count_pairs(self, kv)
 
-    def density_computed(self, tiling: tuple[int, int] | None = None) -> float:
-        """Pairs a kernel computes / visible pairs. `tiling` is the kernel's own aligned grid (block_q, block_k), or
-        None for one that walks the lists as they are. Speed claims cite this figure."""
-        done = lists.computed_pairs(self, tiling)
-        return done / max(1, lists.visible_pairs(self) * self.shape[0] * self.shape[1])
+    def visible(self, kv: KV | None = None) -> Tensor:
+        """int64 `[B, H]`: pairs that dense attention with this causality would compute. Costs as `pairs`."""
+        return counts.visible_pairs(self, kv)
+
+    def computed(self, tiling: tuple[int, int] | None = None, kv: KV | None = None) -> int:
+        """Pairs a kernel computes, over all batch rows and heads.
+
+        `tiling` is the kernel's own grid (block_q, block_k), anchored where the layout's query blocks are (a rule alone
+        has none: at this call's first row): every block with a named pair counts whole, cut only at the first and last
+        row and the last entry. None is a kernel that walks the lists as they are: a tile counts `tile_width` keys and
+        an entry one for each row of its block, visible or not; pairs of the rule count one by one, and those that lists
+        name too count twice. A dense layout counts its visible pairs under any tiling: it is the unit.
+        """
+        return counts.computed_pairs(self, tiling, kv)
+
+    def density(self, kv: KV | None = None) -> float:
+        """Named pairs / visible pairs, over all rows and heads; exact. In decode this is entries read / entries that
+        exist. Entry weights other than -inf do not matter."""
+        return float(self.pairs(kv).sum()) / max(1, int(self.visible(kv).sum()))
+
+    def density_computed(self, tiling: tuple[int, int] | None = None, kv: KV | None = None) -> float:
+        """`computed` pairs / visible pairs: the figure that speed claims cite. It may exceed 1."""
+        return self.computed(tiling, kv) / max(1, int(self.visible(kv).sum()))
 
     # ------------------------------------------------------------------ checks
     def validated(self) -> Layout:
@@ -336,42 +386,31 @@ class Layout:
         return self
 
     def validate(self) -> None:
-        """Raise LayoutError for a list that cannot be executed (one host synchronisation)."""
-        b, h, n, m = self.shape
-        if min(b, h, n, m) < 1:
-            raise LayoutError(f"shape: expected B, H, N, M >= 1, got {self.shape}")
-        if self.block_q < 1 or self.tile_width < 1 or not 0 <= self.q_offset < self.block_q:
-            raise LayoutError(
-                f"expected block_q >= 1, tile_width >= 1 and 0 <= q_offset < block_q, "
-                f"got {self.block_q}, {self.tile_width}, {self.q_offset}"
-            )
-        if self.q_pos is not None and tuple(self.q_pos.shape) != (b, n):
-            raise LayoutError(f"q_pos: expected [B, N] = [{b}, {n}], got {list(self.q_pos.shape)}")
-        for name in RULE_FIELDS:
-            t = getattr(self, name)
-            if t is not None:
-                _lead(name, t, b, h, 2)
-                if bool((t < 0).any()):
-                    raise LayoutError(f"{name}: expected values >= 0, got {int(t.min())}")
-        for name, count_name, blocked in (
-            ("tiles", "tile_count", True),
-            ("entries", "entry_count", True),
-            ("diagonals", "diagonal_count", False),
-            ("columns", "column_count", False),
-        ):
-            index, count = getattr(self, name), getattr(self, count_name)
-            if index is None:
-                continue
-            _lead(name, index, b, h, 4 if blocked else 3)
-            if blocked and index.shape[2] != self.num_blocks:
-                raise LayoutError(f"{name}: expected {self.num_blocks} query blocks, got {index.shape[2]}")
-            _check_rows(name, index, count, m + self.block_q if name == "diagonals" else m)
+        """Raise LayoutError for lists that cannot be executed or name a key twice (a few host synchronisations)."""
+        checks.lists_fit(self)
+        checks.named_once(self)
 
 
 TENSOR_FIELDS = tuple(f.name for f in fields(Layout) if "Tensor" in str(f.type))
 
 
-def _int32(t: Tensor | None) -> Tensor | None:
+def _rule(name: str, x: int | Tensor | None, device: torch.device | str, validate: bool) -> Tensor | None:
+    """int32 `[B|1, Hl]` from a number or a tensor `[Hl]` or `[B|1, Hl]`."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        if x < 0:
+            raise LayoutError(f"{name}: expected a number >= 0, got {x}")
+        return torch.full((1, 1), min(x, NO_LIMIT), dtype=torch.int32, device=device)
+    if validate:
+        checks.rule_fits(name, x)
+    x = x.to(device, torch.int32)
+    return x if x.dim() == 2 else x.view(1, -1)
+
+
+def _int32(name: str, t: Tensor | None) -> Tensor | None:
+    if t is not None and t.is_floating_point():
+        raise LayoutError(f"{name}: expected integers, got {t.dtype}")
     return None if t is None else t.to(torch.int32)
 
 
@@ -383,32 +422,7 @@ def _counts(index: Tensor | None, count: Tensor | None) -> Tensor | None:
     return count.to(torch.int32)
 
 
-def _lead(name: str, t: Tensor, b: int, h: int, dims: int) -> None:
-    if t.dim() != dims or t.shape[0] not in (1, b) or h % t.shape[1]:
-        raise LayoutError(f"{name}: expected {dims} dimensions [1 or {b}, a divisor of {h}, ...], got {list(t.shape)}")
-
-
-def _check_rows(name: str, index: Tensor, count: Tensor, m: int) -> None:
-    width = index.shape[-1]
-    if count is None or count.shape != index.shape[:-1]:
-        raise LayoutError(f"{name}: expected counts of shape {list(index.shape[:-1])}")
-    where = ((count < 0) | (count > width)).nonzero()
-    if len(where):
-        at = where[0].tolist()
-        raise LayoutError(f"{name}: count at {at} is {int(count[tuple(at)])}, expected 0 to the width {width}")
-    used = torch.arange(width, device=index.device) < count[..., None]
-    where = (used & ((index < 0) | (index >= m))).nonzero()
-    if len(where):
-        at = where[0].tolist()
-        raise LayoutError(f"{name}: index {int(index[tuple(at)])} at {at} is outside 0 to {m - 1}")
-    step = pad(index[..., 1:] - index[..., :-1], (1, 0), value=1)
-    where = (used & (step <= 0)).nonzero()
-    if len(where):
-        at = where[0].tolist()
-        what = "duplicated" if int(step[tuple(at)]) == 0 else "not ascending"
-        raise LayoutError(f"{name}: index {int(index[tuple(at)])} at {at} is {what}")
-
-
+# ---------------------------------------------------------------------- parts
 @dataclass(frozen=True)
 class Part:
     """One partial softmax: a layout over its own views of queries and keys (None: those of the call).
@@ -435,21 +449,27 @@ class Parts:
     combine: str = "lse"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
         if self.combine not in ("lse", "gated"):
             raise LayoutError(f"combine: expected 'lse' or 'gated', got {self.combine!r}")
         if not self.parts:
             raise LayoutError("parts: expected at least one part, got none")
-        if self.combine == "gated" and any(p.gate is None for p in self.parts):
-            raise LayoutError("parts: combine='gated' expects a gate on every part")
+        rows = self.parts[0].layout.shape[:3]
+        for i, part in enumerate(self.parts):
+            if part.layout.shape[:3] != rows:
+                raise LayoutError(f"parts: expected [B, H, N] = {list(rows)} in part {i}, got {list(part.layout.shape[:3])}")
+            if self.combine == "gated" and part.gate is None:
+                raise LayoutError(f"parts: combine='gated' expects a gate on every part, part {i} has none")
 
     def validate(self) -> None:
-        """Raise LayoutError if two parts that read the call's own keys name the same pair (costs N x M)."""
-        seen: Tensor | None = None
-        for i, part in enumerate(self.parts):
+        """Raise LayoutError if a part is wrong, or if two parts of an "lse" combination name one pair of one view
+        (time N x M, memory a few rows of it)."""
+        for part in self.parts:
             part.layout.validate()
-            if self.combine == "lse" and part.kv is None:
-                mask = part.layout.to_mask()
-                if seen is not None and bool((seen & mask).any()):
-                    at = (seen & mask).nonzero()[0].tolist()
-                    raise LayoutError(f"parts: part {i} overlaps an earlier part at [b, h, query, key] = {at}")
-                seen = mask if seen is None else seen | mask
+        if self.combine != "lse":
+            return
+        views: dict[int, list[tuple[int, Part]]] = {}
+        for i, part in enumerate(self.parts):
+            views.setdefault(id(part.kv), []).append((i, part))
+        for same in views.values():
+            checks.disjoint([(i, part.layout) for i, part in same], same[0][1].kv)

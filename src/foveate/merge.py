@@ -15,21 +15,26 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         parts: pairs (out `[..., Dv]`, lse fp32 `[...]`), each out normalised over its own keys.
 
     Returns:
-        (out, lse) in the dtype of the first out and fp32. Differentiable in every out and lse.
+        (out, lse) in the dtype of the first out and fp32 (fp64 if any lse is). Differentiable in every out and lse.
     """
     if len(parts) == 1:
         return parts[0]
-    lses = torch.stack([lse.float() for _, lse in parts])
-    top = lses.amax(0).detach()
+    weights, lse = join_lse([part for _, part in parts])
+    out = sum(o.to(w.dtype) * w[..., None] for (o, _), w in zip(parts, weights, strict=True))
+    assert isinstance(out, Tensor)
+    return out.to(parts[0][0].dtype), lse
+
+
+def join_lse(lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(share of each part `[parts, ...]`, lse of them all `[...]`); shares of a row without any key are 0, not NaN."""
+    stacked = torch.stack([lse if lse.dtype == torch.float64 else lse.float() for lse in lses])
+    top = stacked.amax(0).detach()
     top = torch.where(torch.isfinite(top), top, 0.0)  # rows no part has a key for
-    weights = torch.exp(lses - top)
+    weights = torch.exp(stacked - top)
     total = weights.sum(0)
     alive = total > 0
     safe = torch.where(alive, total, 1.0)
-    out = sum(o.float() * (w / safe)[..., None] for (o, _), w in zip(parts, weights, strict=True))
-    lse = torch.where(alive, top + torch.log(safe), float("-inf"))
-    assert isinstance(out, Tensor)
-    return out.to(parts[0][0].dtype), lse
+    return weights / safe, torch.where(alive, top + torch.log(safe), float("-inf"))
 
 
 def sink_logit(out: Tensor, lse: Tensor, logit: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,6 +42,6 @@ def sink_logit(out: Tensor, lse: Tensor, logit: Tensor) -> tuple[Tensor, Tensor]
 
     out `[B, H, N, Dv]`, lse `[B, H, N]`. The returned lse includes the extra key.
     """
-    z = logit.float().view(1, -1, 1)
-    keep = torch.sigmoid(lse.float() - z)
-    return out * keep[..., None].to(out.dtype), torch.logaddexp(lse.float(), z.expand_as(lse))
+    z = logit.to(lse.dtype).view(1, -1, 1).expand_as(lse)
+    keep = torch.sigmoid(lse - z)
+    return (out * keep[..., None]).to(out.dtype), torch.logaddexp(lse, z)

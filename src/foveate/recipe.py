@@ -42,7 +42,7 @@ class Recipe:
                 raise ConfigError(f"{role}: {value.id} cannot serve as {role}; it serves as {serves}")
         if self.compress_at not in ("end", "chunk"):
             raise ConfigError(f"compress_at: expected 'end' or 'chunk', got {self.compress_at!r}")
-        for role in ROLES:
+        for role in (*ROLES, "heads"):
             method = getattr(self, role)
             if method is not None and (why := method.refuses(self)) is not None:
                 raise ConfigError(f"{role}: {method.id} does not fit this recipe: {why}")

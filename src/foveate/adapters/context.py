@@ -70,6 +70,7 @@ class ContextLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens (negative, as transformers counts). CacheError after an eviction."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in a tensor
         if tokens_to_remove > 0:
             raise CacheError(f"tokens_to_remove: expected a negative number of tokens or 0, got {tokens_to_remove}")
         if tokens_to_remove < 0:

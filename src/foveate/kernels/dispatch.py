@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import ConfigError, ShapeError, UnsupportedError, nearest
 from ..kv import KV
 from ..layout import Layout, Parts
-from ..merge import merge
+from ..merge import join_lse, merge
+from . import sdpa, torch_gather
 from .base import Want
 
 BACKENDS = {
@@ -46,9 +47,13 @@ class Choice:
     reason: str | None
 
 
-def explain(q: Tensor, kv: KV | tuple[Tensor, Tensor], layout: Layout, want: Want | None = None) -> list[Choice]:
-    """Every backend `auto` considers for this call, in order, each with its reason against or None."""
+def explain(
+    q: Tensor, kv: KV | tuple[Tensor, Tensor], layout: Layout | None = None, want: Want | None = None
+) -> list[Choice]:
+    """Every backend `auto` considers for this call, in order, each with its reason against or None: the first runs."""
     view = KV.of(kv)
+    _check(q, view, layout)
+    layout = Layout.dense(*_dims(q, view)) if layout is None else layout
     return [Choice(n, _reason(n, q, view, layout, want or Want())) for n in AUTO.get(q.device.type, ("torch",))]
 
 
@@ -144,8 +149,10 @@ def _check(q: Tensor, kv: KV, plan: Layout | Parts | None) -> None:
     if not q.dtype.is_floating_point:
         raise ShapeError(f"q: expected a floating point dtype, got {q.dtype}")
     if isinstance(plan, Layout):
-        if plan.shape != _dims(q, kv):
+        if tuple(plan.shape) != _dims(q, kv):
             raise ShapeError(f"plan: expected a layout of shape {_dims(q, kv)} (B, H, N, M), got {plan.shape}")
+        if any(t is not None and t.device != q.device for t in plan.tensors()):
+            raise ShapeError(f"plan: expected a layout on the device of q, {q.device}, got {plan.device}")
     elif plan is not None and not isinstance(plan, Parts):
         raise ShapeError(f"plan: expected a Layout, Parts or None, got {type(plan).__name__}")
 
@@ -159,22 +166,34 @@ def _finite(q: Tensor, kv: KV) -> None:
 
 
 def _attend_parts(q, kv, plan, scale, want_lse, want_mass, softcap, name):  # type: ignore[no-untyped-def]
-    if want_mass and any(p.kv is not None for p in plan.parts):
-        raise UnsupportedError("return_mass: parts with their own keys have no common entries to report mass on")
-    results, mass = [], None
-    for part in plan.parts:
-        pq, pkv = (q if part.q is None else part.q), (kv if part.kv is None else part.kv)
+    gated = plan.combine == "gated"
+    if want_mass and (gated or any(p.kv is not None for p in plan.parts)):
+        raise UnsupportedError("return_mass: gated parts, and parts with keys of their own, have no common softmax")
+    parts = [(q if p.q is None else p.q, kv if p.kv is None else p.kv, p) for p in plan.parts]
+    for i, (pq, pkv, part) in enumerate(parts):
         _check(pq, pkv, part.layout)
-        s = scale if part.scale is None else part.scale
-        results.append((*_attend(pq, pkv, part.layout, s, True, want_mass, softcap, name), part.gate))
-    if plan.combine == "gated":
-        out = sum(o * g[..., None].to(o.dtype) for o, _, _, g in results)
-        lse = torch.stack([r[1] for r in results]).logsumexp(0) if want_lse else None
-        mass = sum(r[2] for r in results) if want_mass else None
-        return out, lse, mass
-    out, lse = merge([(o, part_lse) for o, part_lse, _, _ in results])
+        if pq.shape[:3] != q.shape[:3] or pkv.v.shape[-1] != kv.v.shape[-1]:
+            want, got = [*q.shape[:3], kv.v.shape[-1]], [*pq.shape[:3], pkv.v.shape[-1]]
+            raise ShapeError(f"parts: expected outputs [B, H, N, Dv] = {want} of every part, got {got} of part {i}")
+        if part.gate is not None and part.gate.shape != q.shape[:3]:
+            raise ShapeError(f"gate: expected [B, H, N] = {list(q.shape[:3])}, got {list(part.gate.shape)} in part {i}")
+    scales = [scale if p.scale is None else p.scale for p in plan.parts]
+    keep_lse = want_lse or not gated
+    results = [
+        _attend(pq, pkv, part.layout, s, keep_lse, False, softcap, name)[:2]
+        for (pq, pkv, part), s in zip(parts, scales, strict=True)
+    ]
+    if gated:
+        out = sum(o * p.gate[..., None].to(o.dtype) for (o, _), p in zip(results, plan.parts, strict=True))
+        return out, join_lse([lse for _, lse in results])[1] if want_lse else None, None
+    out, lse = merge(results)
+    mass = None
     if want_mass:
-        raise UnsupportedError("return_mass: ask the parts of an lse combination one by one")
+        with torch.no_grad():
+            mass = sum(
+                torch_gather.mass(pq, pkv, part.layout, lse, scale=s, softcap=float(softcap or 0.0))
+                for (pq, pkv, part), s in zip(parts, scales, strict=True)
+            )
     return out, lse, mass
 
 
@@ -184,10 +203,12 @@ def _attend(q, kv, layout, scale, want_lse, want_mass, softcap, name):  # type: 
     want = Want(lse=want_lse, mass=want_mass, grad=grad, softcap=cap > 0)
     if not grad and not torch.compiler.is_compiling():
         return choose(q, kv, layout, want, name).forward(q, kv, layout, scale=scale, softcap=cap, want=want)
-    out, lse, mass = _operator(
-        q, kv.k, kv.v, kv.bias, _pack(kv, layout), _meta(kv, layout), scale, cap, name or "auto", want_mass
-    )
-    return out, lse, mass if want_mass else None
+    if name in (None, "auto", "sdpa") and sdpa.supports(q, kv, layout, want) is None:
+        # Plain PyTorch: autograd and the compiler see through it, and dense training gets PyTorch's own backward.
+        return sdpa.forward(q, kv, layout, scale=scale, softcap=cap, want=want)
+    pack, meta = _pack(kv, layout), _meta(kv, layout)
+    out, lse, mass = _operator(q, kv.k, kv.v, kv.bias, pack, meta, scale, cap, name or "auto", want_lse or grad, want_mass)
+    return out, lse if want_lse else None, mass.detach() if want_mass else None
 
 
 # ---------------------------------------------------------------------- the operator (autograd, torch.compile)
@@ -219,23 +240,34 @@ def _operator(
     scale: float,
     softcap: float,
     backend: str,
+    want_lse: bool,
     want_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kv, layout = _unpack(k, v, bias, index, meta)
-    want = Want(lse=True, mass=want_mass, grad=False, softcap=softcap > 0)
+    want = Want(lse=want_lse, mass=want_mass, grad=False, softcap=softcap > 0)
     module = choose(q, kv, layout, want, backend)
     out, lse, mass = module.forward(q, kv, layout, scale=scale, softcap=softcap, want=want)
-    assert lse is not None
-    return out.contiguous(), lse.contiguous(), mass.contiguous() if want_mass else q.new_empty(0, dtype=torch.float32)
+    none = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = lse.contiguous() if want_lse else q.new_empty(0, dtype=none)
+    return out.contiguous(), lse, mass.contiguous() if want_mass else q.new_empty(0, dtype=torch.float32)
 
 
 @_operator.register_fake
-def _fake(q, k, v, bias, index, meta, scale, softcap, backend, want_mass):  # type: ignore[no-untyped-def]
+def _fake(q, k, v, bias, index, meta, scale, softcap, backend, want_lse, want_mass):  # type: ignore[no-untyped-def]
     b, h, n, _ = q.shape
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(b, h, n, v.shape[-1])
-    lse = q.new_empty(b, h, n, dtype=acc)
+    lse = q.new_empty((b, h, n) if want_lse else (0,), dtype=acc)
     return out, lse, q.new_empty((b, h, meta[-1]) if want_mass else (0,), dtype=torch.float32)
+
+
+def _backward_module(q: Tensor, kv: KV, layout: Layout, softcap: float, name: str) -> ModuleType:
+    """The first backend with a backward pass for this call, the named one before others; `torch` always has one."""
+    want = Want(lse=True, grad=True, softcap=softcap > 0)
+    for candidate in AUTO.get(q.device.type, ()) if name == "auto" else (name,):
+        if _reason(candidate, q, kv, layout, want) is None and hasattr(module := backend(candidate), "backward"):
+            return module
+    return torch_gather
 
 
 @torch.library.custom_op("foveate::attend_backward", mutates_args=())
@@ -255,21 +287,19 @@ def _backward_operator(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kv, layout = _unpack(k, v, bias, index, meta)
-    module = importlib.import_module(BACKENDS.get(backend, BACKENDS["torch"]))
-    if not hasattr(module, "backward"):
-        module = importlib.import_module(BACKENDS["torch"])
+    module = _backward_module(q, kv, layout, softcap, backend)
     dq, dk, dv, db = module.backward(dout, dlse, q, kv, layout, out, lse, scale=scale, softcap=softcap)
     return dq, dk, dv, db if db is not None else q.new_empty(0, dtype=torch.float32)
 
 
 @_backward_operator.register_fake
 def _backward_fake(dout, dlse, q, k, v, bias, out, lse, index, meta, scale, softcap, backend):  # type: ignore[no-untyped-def]
-    db = torch.empty_like(bias) if bias is not None else q.new_empty(0, dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), db
+    db = bias.new_empty(bias.shape) if bias is not None else q.new_empty(0, dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), db
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, bias, index, meta, scale, softcap, backend, _ = inputs
+    q, k, v, bias, index, meta, scale, softcap, backend, _, _ = inputs
     out, lse, _mass = output
     tensors = [t for t in index if t is not None]
     ctx.save_for_backward(q, k, v, bias, out, lse, *tensors)
@@ -285,7 +315,7 @@ def _grad(ctx, dout, dlse, _dmass):  # type: ignore[no-untyped-def]
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous()
     dq, dk, dv, db = _backward_operator(dout, dlse, q, k, v, bias, out, lse, index, meta, scale, softcap, name)
-    return dq, dk, dv, db if bias is not None else None, [None] * len(index), None, None, None, None, None
+    return dq, dk, dv, db if bias is not None else None, None, None, None, None, None, None, None
 
 
 _operator.register_autograd(_grad, setup_context=_setup)

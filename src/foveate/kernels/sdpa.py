@@ -21,13 +21,27 @@ def supports(q: Tensor, kv: KV, layout: Layout, want: Want) -> str | None:
         return f"it reads dense storage, not {kv.kind}"
     if kv.len is not None or kv.bias is not None:
         return "rows of different length or entry weights need a mask of N x M"
-    if layout.causal and q.shape[2] > 1 and (layout.q_pos is not None or kv.pos is not None):
+    if layout.causal and not _sees_all_before(kv, layout):
         return "positions are not entry numbers"
     if want.lse or want.mass or want.softcap:
         return "it returns neither lse nor mass and has no softcap"
     if q.dtype == torch.float64 and q.device.type == "cuda":
         return "no fp64 kernel"
     return None
+
+
+def _sees_all_before(kv: KV, layout: Layout) -> bool:
+    """Row i sees exactly the entries up to M - N + i. Asked of the data where that costs no synchronisation."""
+    _, _, n, m = layout.shape
+    if layout.q_pos is None and kv.pos is None:
+        return True
+    if kv.device.type != "cpu" or torch.compiler.is_compiling() or (n > 1 and kv.pos is not None):
+        return False
+    if kv.pos is None:
+        assert layout.q_pos is not None
+        return bool((layout.q_pos == torch.arange(m - n, m)).all())
+    newest = layout.query_positions(kv)  # one row, of which every entry must lie behind
+    return bool((kv.pos <= newest).all())
 
 
 def tiling(layout: Layout) -> tuple[int, int] | None:

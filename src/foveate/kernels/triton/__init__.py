@@ -90,7 +90,7 @@ def forward(
         length=_tight(kv.len), pos=_tight(kv.pos), bias=None if kv.bias is None else _tight(kv.bias.detach()),
         table=_tight(kv.table), offsets=_tight(kv.offsets), table_width=kv.table.shape[2] if kv.table is not None else 0,
         scale=max(scale, 1e-30) * math.log2(math.e), softcap=softcap,
-        heads=h, kv_heads=g, n_rows=n, capacity=m, q_offset=q_offset, end0=m - n - q_offset, num_blocks=blocks,
+        heads=h, kv_heads=g, n_rows=n, capacity=m, q_offset=q_offset, end0=m - n - q_offset, num_blocks=blocks, nil=0,
         q_sb=q.stride(0), q_sh=q.stride(1), q_sn=q.stride(2),
         **_strides("k", kv.kind, k), **_strides("v", kv.kind, v),
         BLOCK=block, PARTS=parts, ROWS=rows, PACK=pack, TILE=tile, KEYS=cfg.keys, WIDTH=layout.tile_width,

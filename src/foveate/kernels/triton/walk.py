@@ -149,7 +149,7 @@ def _product(q, k, FP32: tl.constexpr):
     return tl.dot(q, tl.trans(k))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nil"])
 def attend(
     q, k, v, out, lse,
     q_pos, length, pos, bias, table, offsets,
@@ -161,7 +161,7 @@ def attend(
     sink_sb, sink_div, window_sb, window_div, stride_sb, stride_div, phase_sb, phase_div,
     tiles_sb, tiles_div, tiles_n, diagonals_sb, diagonals_div, diagonals_n,
     entries_sb, entries_div, entries_n, columns_sb, columns_div, columns_n, columns_blocks,
-    num_blocks,
+    num_blocks, nil,
     BLOCK: tl.constexpr,  # query rows of a layout block
     PARTS: tl.constexpr,  # row tiles of one block
     ROWS: tl.constexpr,  # query rows of a tile, per head
@@ -208,6 +208,10 @@ def attend(
         qp = tl.load(q_pos + b * qp_sb + row, mask=live, other=0).to(tl.int32)
     else:
         qp = size - n_rows + row
+    # nil is 0, which the compiler must not know. A select of two runs of keys that begin at multiples of 16 keeps "multiple
+    # of 16" in its analysis though only the first of each run is one; a comparison with rows known to begin at a multiple of
+    # 16 then passes for constant over 16 rows, and rows 8 to 15 get the mask of rows 0 to 7 (Triton 3.6, seen on an H100).
+    qp = qp + nil
     q_lo = tl.min(tl.where(live, qp, BIG))
     q_hi = tl.max(tl.where(live, qp, -BIG))
     near_base = b * kv_heads + g

@@ -1,0 +1,132 @@
+"""What a layout given by a user must fulfil. Every error names the argument, the value and its place.
+
+Each check waits for the device; layouts that the library builds are trusted and skip them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import LayoutError
+from .kv import KV
+from .lists import BUDGET, INDEX_FIELDS, RULE_FIELDS, covered, repeat_heads, used_slots
+
+if TYPE_CHECKING:
+    from .layout import Layout
+
+_AXES = {2: ("batch row", "head"), 3: ("batch row", "head", "slot"), 4: ("batch row", "head", "query block", "slot")}
+
+
+def place(wrong: Tensor, axes: tuple[str, ...] | None = None) -> str:
+    """Where the first True is, in words."""
+    at = wrong.nonzero()[0].tolist()
+    return ", ".join(f"{axis} {i}" for axis, i in zip(axes or _AXES[len(at)], at, strict=True))
+
+
+def lists_fit(layout: Layout) -> None:
+    """Shapes, ranges and order of every part."""
+    b, h, n, m = layout.shape
+    if min(b, h, n, m) < 1:
+        raise LayoutError(f"shape: expected B, H, N, M >= 1, got {layout.shape}")
+    if layout.block_q < 1 or layout.tile_width < 1 or not 0 <= layout.q_offset < layout.block_q:
+        raise LayoutError(
+            f"expected block_q >= 1, tile_width >= 1 and 0 <= q_offset < block_q, "
+            f"got {layout.block_q}, {layout.tile_width}, {layout.q_offset}"
+        )
+    q_pos = layout.q_pos
+    if q_pos is not None and (tuple(q_pos.shape) != (b, n) or q_pos.is_floating_point()):
+        raise LayoutError(f"q_pos: expected int [B, N] = [{b}, {n}], got {q_pos.dtype} {list(q_pos.shape)}")
+    for name in RULE_FIELDS:
+        t = getattr(layout, name)
+        if t is not None:
+            _lead(name, t, b, h, 2)
+            rule_fits(name, t)
+    for name, count_name in INDEX_FIELDS.items():
+        index, count = getattr(layout, name), getattr(layout, count_name)
+        if index is None:
+            continue
+        blocked = name in ("tiles", "entries")
+        _lead(name, index, b, h, 4 if blocked else 3)
+        if blocked and index.shape[2] != layout.num_blocks:
+            raise LayoutError(f"{name}: expected {layout.num_blocks} query blocks, got {index.shape[2]}")
+        in_range(name, index, count, m + layout.block_q if name == "diagonals" else m)
+        ascending(name, index, count)
+
+
+def named_once(layout: Layout) -> None:
+    """No entry lies inside a tile of its row, and no head has both lists per block and the factored form."""
+    if layout.tiles is not None and layout.entries is not None and bool((inside := covered(layout)).any()):
+        raise LayoutError(f"entries: an entry lies inside a tile of its row ({place(inside)})")
+    both = _heads_with(layout, "tiles", "entries") & _heads_with(layout, "diagonals", "columns")
+    if bool(both.any()):
+        raise LayoutError(f"a head has lists per block or diagonals and columns, not both ({place(both)})")
+
+
+def _heads_with(layout: Layout, *names: str) -> Tensor:
+    """bool `[B|1, H]`: heads with anything in these lists."""
+    out = torch.zeros(1, layout.shape[1], dtype=torch.bool, device=layout.device)
+    for count in (getattr(layout, INDEX_FIELDS[name]) for name in names):
+        if count is not None:
+            some = (count > 0).flatten(2).any(-1) if count.dim() == 3 else count > 0
+            out = out | repeat_heads(some, layout.shape[1])
+    return out
+
+
+def rule_fits(name: str, t: Tensor) -> None:
+    """Numbers of the static rule, `[Hl]` or `[B|1, Hl]`, are not negative."""
+    if bool((t < 0).any()):
+        wrong = (t if t.dim() == 2 else t.view(1, -1)) < 0
+        raise LayoutError(f"{name}: expected numbers >= 0, got {int(t.min())} ({place(wrong)})")
+
+
+def _lead(name: str, t: Tensor, b: int, h: int, dims: int) -> None:
+    if t.dim() != dims or t.shape[0] not in (1, b) or t.shape[1] < 1 or h % t.shape[1]:
+        raise LayoutError(f"{name}: expected {dims} dimensions [1 or {b}, a divisor of {h}, ...], got {list(t.shape)}")
+
+
+def in_range(name: str, index: Tensor, count: Tensor | None, m: int) -> None:
+    """Counts fit the width, and used indices lie in 0..m-1."""
+    width = index.shape[-1]
+    if count is None or count.shape != index.shape[:-1]:
+        got = None if count is None else list(count.shape)
+        raise LayoutError(f"{name}: expected counts of shape {list(index.shape[:-1])}, got {got}")
+    if bool((wrong := (count < 0) | (count > width)).any()):
+        at = place(wrong, _AXES[index.dim()][:-1])
+        raise LayoutError(f"{name}: expected counts of 0 to the width {width}, got {int(count[wrong][0])} ({at})")
+    if bool((wrong := used_slots(index, count) & ((index < 0) | (index >= m))).any()):
+        raise LayoutError(f"{name}: index {int(index[wrong][0])} is outside 0 to {m - 1} ({place(wrong)})")
+
+
+def ascending(name: str, index: Tensor, count: Tensor) -> None:
+    """Used indices rise strictly along each row."""
+    step = index[..., 1:].long() - index[..., :-1]
+    wrong = used_slots(index, count)[..., 1:] & (step <= 0)
+    if bool(wrong.any()):
+        what = "duplicated" if int(step[wrong][0]) == 0 else "not ascending"
+        *lead, slot = wrong.nonzero()[0].tolist()
+        at = torch.zeros_like(index, dtype=torch.bool)
+        at[(*lead, slot + 1)] = True
+        raise LayoutError(f"{name}: index {int(index[at])} is {what} ({place(at)})")
+
+
+def disjoint(same: list[tuple[int, Layout]], kv: KV | None) -> None:
+    """Layouts over one view (with their part numbers) name no pair twice. Time N x M, memory a few rows of it."""
+    b, h, n, m = same[0][1].shape
+    for i, layout in same:
+        if layout.shape[3] != m:
+            raise LayoutError(f"parts: expected M = {m} in part {i} over the same view, got {layout.shape[3]}")
+    if len(same) == 1:
+        return
+    device = max((layout.device for _, layout in same), key=lambda d: d.type != "cpu") if kv is None else kv.device
+    for rows in torch.arange(n, device=device).split(max(1, BUDGET // (b * h * m))):
+        seen = torch.zeros(b, h, len(rows), m, dtype=torch.bool, device=device)
+        for i, layout in same:
+            mask = layout.to_mask(kv, rows).to(device)
+            if bool((twice := seen & mask).any()):
+                at = twice.nonzero()[0].tolist()
+                where = f"batch row {at[0]}, head {at[1]}, query {int(rows[at[2]])}, key {at[3]}"
+                raise LayoutError(f"parts: part {i} names a pair that an earlier part names ({where})")
+            seen |= mask
