@@ -88,7 +88,7 @@ def test_fields_take_text_too():
 )
 @settings(deadline=None, max_examples=40)
 def test_a_description_is_a_text_of_the_same_method(size, part, least, kind, on):
-    method = Picky(size, part, least, kind, on)
+    method = Picky(size=size, part=part, least=least, kind=kind, on=on)
     cut = method.describe().replace("e+", "e")  # "+" joins methods; 1e+20 and 1e20 are one number
     assert Recipe.of(cut).prefill == method
     assert Recipe.of(f"heads={cut}").heads == method
@@ -141,7 +141,7 @@ REFUSED = {
     "no presets": ("dense@8k", "dense: unknown preset '8k'; known: none"),
     "unknown hyperparameter": ("picky:sizes=3", r"unknown hyperparameter 'sizes'; did you mean 'size'\?; known: size, "),
     "no hyperparameters": ("dense:size=3", "dense: unknown hyperparameter 'size'; known: none"),
-    "unknown role": ("prefil=picky", "unknown role 'prefil'; known: prefill, decode, cache, heads"),
+    "unknown role": ("prefil=picky", "unknown role 'prefil'; did you mean 'prefill'"),
     "wrong type": ("picky:size=big", r"picky: size expected int, got 'big' \(str\)"),
     "float for int": ("picky:size=2.5", r"picky: size expected int, got 2.5 \(float\)"),
     "bool for int": ("picky:size=true", r"picky: size expected int, got True \(bool\)"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import registry
-from .errors import ConfigError
+from .errors import ConfigError, nearest
 from .methods.base import Method
 
 ROLES = ("prefill", "decode", "cache")
@@ -17,7 +17,9 @@ class Recipe:
 
     `heads` is a method that assigns heads (DuoAttention and its like) and serves whatever phases it can for its own.
     `compress_at`: "end" compresses once, at the first single-token step after a prompt; "chunk" after every
-    multi-token call, which keeps a running budget and lowers the peak.
+    multi-token call, which keeps a running budget and lowers the peak; methods that need every entry of the prompt
+    then run dense from the second chunk on, and say so. `storage`: "dense" rectangles, or "paged" pools whose pages
+    forks and beams share until they write.
     """
 
     prefill: Method | str | None = None
@@ -25,6 +27,7 @@ class Recipe:
     cache: Method | str | None = None
     heads: Method | str | None = None
     compress_at: str = "end"
+    storage: str = "dense"
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -40,8 +43,9 @@ class Recipe:
             if role not in value.roles:
                 serves = ", ".join(value.roles)
                 raise ConfigError(f"{role}: {value.id} cannot serve as {role}; it serves as {serves}")
-        if self.compress_at not in ("end", "chunk"):
-            raise ConfigError(f"compress_at: expected 'end' or 'chunk', got {self.compress_at!r}")
+        for option, known in (("compress_at", ("end", "chunk")), ("storage", ("dense", "paged"))):
+            if (value := getattr(self, option)) not in known:
+                raise ConfigError(f"{option}: expected {' or '.join(map(repr, known))}, got {value!r}")
         for role in (*ROLES, "heads"):
             method = getattr(self, role)
             if method is not None and (why := method.refuses(self)) is not None:
@@ -65,7 +69,10 @@ class Recipe:
             head, eq, rest = piece.partition("=")
             role = head.strip() if eq and ":" not in head and "@" not in head else None
             if role is not None and role not in (*ROLES, "heads"):
-                raise ConfigError(f"recipe {recipe!r}: unknown role {role!r}; known: {', '.join(ROLES)}, heads")
+                known = (*ROLES, "heads")
+                raise ConfigError(
+                    f"recipe {recipe!r}: unknown role {role!r}{nearest(role, known)}; known: {', '.join(known)}"
+                )
             parts.append((role, registry.parse(rest if role else piece)))
         return Recipe(**_roles(parts), name=recipe.strip())
 

@@ -39,6 +39,8 @@ def parse(text: str) -> Method:
         key, eq, value = item.partition("=")
         if not eq:
             raise ConfigError(f"method {text!r}: expected key=value after ':', got {item!r}")
+        if key.strip() in options:
+            raise ConfigError(f"method {text!r}: {key.strip()} is given twice")
         options[key.strip()] = _literal(value.strip())
     return get(name.strip()).make(preset.strip() or None, **options)
 

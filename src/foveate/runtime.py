@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .cache import LayerCache
+from .errors import UnsupportedError
 from .kernels.dispatch import attend
 from .layout import Layout, Parts
 from .merge import sink_logit
@@ -36,12 +37,13 @@ class Step:
 
     Attributes:
         valid: bool `[B, N]`, real tokens of this call, or None when all are.
-        counts: real tokens per row. shared: `state.step`. run: `state.run`. notes: sentences for the user, kept once.
+        counts: real tokens per row. shared: `state.step`, one for each batch row and one (key None) for all of them.
+        run: `state.run`. notes: sentences for the user, kept once.
     """
 
     valid: Tensor | None = None
     counts: list[int] = field(default_factory=list)
-    shared: dict[str, Any] = field(default_factory=dict)
+    shared: dict[int | None, dict[str, Any]] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
     meter: Meter | None = None
@@ -49,6 +51,11 @@ class Step:
 
     def note(self, text: str) -> None:
         self.notes[text] = None
+
+    def state(self, cache: LayerCache, row: int | None = None) -> State:
+        """What a method may remember: of one batch row, or (None) of all of them together."""
+        layer = cache.batch if row is None else cache.rows[row]
+        return State(layer, self.shared.setdefault(row, {}), self.run, [] if row is not None else cache.rows)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def attention(recipe: Recipe, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor
     single = n == 1 and all(c == 1 for c in counts)
     if single and cache.pending:
         compress(recipe, cache, step, info)
-    cache.append(k, v, step.valid, counts)
+    cache.append(k, v, step.valid, counts, recipe.storage)
     if single:
         return _decode(recipe, cache, q, step, info)
     out = _prefill(recipe, cache, q, v.shape[-1], step, info, counts)
@@ -87,15 +94,14 @@ def attention(recipe: Recipe, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor
 
 # ---------------------------------------------------------------------- prefill: one row at a time, unpadded
 def _prefill(recipe: Recipe, cache: LayerCache, q: Tensor, dv: int, step: Step, info: Info, counts: list[int]) -> Tensor:
-    method = _method(recipe, "prefill")
+    method: Method | None = recipe.prefill  # type: ignore[assignment]
     tail = max((m.tail for m in recipe.methods), default=0)
     b, h, n, _ = q.shape
     view = cache.store.view()  # type: ignore[union-attr]
     whole = step.valid is None and view.len is None
     if whole and b > 1 and tail == 0 and _plain(recipe, method) and view.pos is None:
         x = _input(q, view, "prefill", info, step, cache.seen[0] - n, _positions(cache.seen, n, q))
-        return _run(x, None, State(cache.batch, step.shared, step.run), [], step, info)
-    rows = []
+        return _run(recipe, x, None, step.state(cache), step, info)
     out = q.new_zeros(b, h, n, dv)
     for i in range(b):
         if counts[i] == 0:
@@ -113,38 +119,39 @@ def _prefill(recipe: Recipe, cache: LayerCache, q: Tensor, dv: int, step: Step, 
             )
         start = cache.seen[i] - counts[i]
         x = _input(qi, kv, "prefill", info, step, start, _positions([cache.seen[i]], counts[i], q))
-        state = State(cache.rows[i], step.shared, step.run)
-        oi = _run(x, method, state, _observers(recipe, "prefill"), step, info)
+        oi = _run(recipe, x, method, step.state(cache, i), step, info)
         cache.save_tail(i, qi, tail)
         if b == 1 and whole:
             return oi
-        rows.append(i)
         out[i : i + 1, :, real] = oi
     return out
 
 
 def _plain(recipe: Recipe, method: Method | None) -> bool:
-    return (method is None or method.id == "dense") and not _observers(recipe, "prefill")
+    return (method is None or method.id == "dense") and recipe.heads is None and not _observers(recipe, "prefill")
 
 
 # ---------------------------------------------------------------------- decode: all rows at once
 def _decode(recipe: Recipe, cache: LayerCache, q: Tensor, step: Step, info: Info) -> Tensor:
     view = cache.store.view()  # type: ignore[union-attr]
     x = _input(q, view, "decode", info, step, 0, _positions(cache.seen, 1, q))
-    state = State(cache.batch, step.shared, step.run)
-    return _run(x, _method(recipe, "decode"), state, _observers(recipe, "decode"), step, info)
+    return _run(recipe, x, recipe.decode, step.state(cache), step, info)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- both
-def _run(x: AttnInput, method: Method | None, state: State, observers: list[Method], step: Step, info: Info) -> Tensor:
+def _run(recipe: Recipe, x: AttnInput, method: Method | None, state: State, step: Step, info: Info) -> Tensor:
+    own_window = x.window is not None  # the model's own sliding-window layer: its rule, not the method's
+    observers = [] if own_window else _observers(recipe, x.phase)
     began = time.perf_counter()
-    plan = _plan(x, method, state, step)
+    plan = _window(x, method) if own_window else _plan(recipe, x, method, state, step)
     spent = time.perf_counter() - began
     if step.meter is not None:
         step.meter.planned(x, plan, spent)
     want_lse = info.sinks is not None or any("lse" in m.sees for m in observers)
     want_mass = any("mass" in m.sees for m in observers)
-    custom = getattr(method, "attend", None)
+    if info.sinks is not None and isinstance(plan, Parts) and plan.combine == "gated":
+        raise UnsupportedError("a gated sum of softmaxes has no place for the model's attention sinks")
+    custom = None if own_window else getattr(method, "attend", None)
     if custom is not None:
         out, lse, mass = custom(x, plan, state)
     else:
@@ -171,20 +178,39 @@ def _run(x: AttnInput, method: Method | None, state: State, observers: list[Meth
     return out
 
 
-def _plan(x: AttnInput, method: Method | None, state: State, step: Step) -> Layout | Parts:
-    if x.window is not None:  # the model's own sliding-window layer: its rule, not the method's
-        if method is not None and method.id != "dense":
-            x.note(f"{method.id}: layers with the model's own sliding window keep that rule")
-        if x.kv.capacity <= x.window:
-            return x.dense()
-        return Layout.static(
-            x.shape,
-            window=x.window,
-            block_q=128 if x.phase == "prefill" else 1,
-            q_offset=x.offset(128) if x.phase == "prefill" else 0,
-            q_pos=x.layout_pos(),
-            device=x.device,
-        )
+def _window(x: AttnInput, method: Method | None) -> Layout:
+    """The plan of a layer with the model's own sliding window."""
+    assert x.window is not None
+    if method is not None and method.id != "dense":
+        x.note(f"{method.id}: layers with the model's own sliding window keep that rule")
+    if x.kv.capacity <= x.window:
+        return x.dense()
+    return Layout.static(
+        x.shape,
+        window=x.window,
+        block_q=128 if x.phase == "prefill" else 1,
+        q_offset=x.offset(128) if x.phase == "prefill" else 0,
+        q_pos=x.layout_pos(),
+        device=x.device,
+        validate=False,
+    )
+
+
+def _plan(recipe: Recipe, x: AttnInput, method: Method | None, state: State, step: Step) -> Layout | Parts:
+    plan = _plan_of(x, method, state, step)
+    heads: Method | None = recipe.heads  # type: ignore[assignment]
+    if heads is None or x.phase not in heads.roles:
+        return plan
+    own = _plan_of(x, heads, state, step)
+    mask = heads.owns(x, state)
+    if mask is None:
+        return own
+    if not isinstance(plan, Layout) or not isinstance(own, Layout):
+        raise UnsupportedError(f"heads: {heads.id} cannot share a layer with a method that plans several softmaxes")
+    return Layout.by_head(mask, own, plan)
+
+
+def _plan_of(x: AttnInput, method: Method | None, state: State, step: Step) -> Layout | Parts:
     if method is None:
         return x.dense()
     if x.phase == "prefill" and x.kv.pos is not None and not method.evicted_ok:
@@ -195,13 +221,6 @@ def _plan(x: AttnInput, method: Method | None, state: State, step: Step) -> Layo
         return x.dense()
     plan = method.plan(x, state)
     return x.dense() if plan is None else plan
-
-
-def _method(recipe: Recipe, role: str) -> Method | None:
-    method = getattr(recipe, role)
-    if method is None and recipe.heads is not None and role in recipe.heads.roles:  # type: ignore[union-attr]
-        method = recipe.heads
-    return method  # type: ignore[no-any-return]
 
 
 def _observers(recipe: Recipe, phase: str) -> list[Method]:
@@ -236,17 +255,19 @@ def _positions(seen: list[int], n: int, like: Tensor) -> Tensor:
 
 def compress(recipe: Recipe, cache: LayerCache, step: Step, info: Info) -> None:
     """Ask the cache policy which entries stay, row by row, and drop the others for good."""
-    cache.pending = False
     policy = recipe.cache
     assert policy is None or isinstance(policy, Method)
     if policy is None or cache.store is None or info.window is not None:
+        cache.pending = False
         return
     chosen: list[Selection] = []
     view = cache.store.view()
+    drops = False
     for i in range(len(cache.seen)):
         kv = view.row(i)
-        m = max(cache.store.lens[i])
-        if kv.kind == "dense" and min(cache.store.lens[i]) == m:
+        lens = cache.store.lens[i]
+        m = max(lens)
+        if kv.kind == "dense" and min(lens) == m:
             cut = {n: t[:, :, :m] for n in ("pos", "bias") if (t := getattr(kv, n)) is not None}
             kv = type(kv).dense(kv.k[:, :, :m], kv.v[:, :, :m], **cut)
         q = cache.tails[i]
@@ -254,15 +275,12 @@ def compress(recipe: Recipe, cache: LayerCache, step: Step, info: Info) -> None:
             q = view.k.new_empty(1, 1, 0, view.k.shape[-1])
         rows = q.shape[2]
         x = _input(q, kv, "prefill", info, step, cache.seen[i] - rows, _positions([cache.seen[i]], rows, view.k))
-        got = policy.compress(x, State(cache.rows[i], step.shared, step.run))
+        got = policy.compress(x, step.state(cache, i))
+        drops = drops or got is not None
         if got is None:  # keeps everything of this row
-            got = Selection(torch.arange(m, device=view.device).expand(1, kv.shape[1], m))
+            everything = torch.arange(m, device=view.device).expand(1, kv.shape[1], m)
+            got = Selection(everything, None if min(lens) == m else torch.tensor([lens], device=view.device))
         chosen.append(got)
-    whole = [max(n) for n in cache.store.lens]
-    if all(s.ring is None and s.counts is None and s.indices.shape[2] == n for s, n in zip(chosen, whole, strict=True)):
-        return  # nothing to drop
-    keep = Selection.stack(chosen)
-    cache.store = cache.store.select(keep)
-    cache.evicted = True
-    cache.batch = type(cache.batch)()
-    cache.tails = [None] * len(cache.tails)
+    if drops:
+        cache.select(Selection.stack(chosen), chosen)
+    cache.pending = False  # last: a policy that failed is asked again

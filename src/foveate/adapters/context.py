@@ -126,9 +126,13 @@ class ContextCache(Cache):
         if self.handle is None:
             raise CacheError("compress: this cache was not filled under a recipe yet")
         step = Step(run=self.run, notes=self.handle.note_store)
-        for layer in self.layers:
-            if layer.cache.pending and layer.info is not None:
-                compress(self.handle.recipe, layer.cache, step, layer.info)
+        try:
+            for layer in self.layers:
+                if layer.cache.pending and layer.info is not None:
+                    compress(self.handle.recipe, layer.cache, step, layer.info)
+        except BaseException:
+            self.broken = True
+            raise
         return self
 
     def fork(self) -> ContextCache:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..errors import CacheError
-from ..methods.base import LayerState
+from ..methods.base import LayerState, Selection
 from .dense import DenseStore
+from .paged import PagedStore
 from .store import Store
+
+STORAGE: dict[str, Callable[[Tensor, Tensor], Store]] = {"dense": DenseStore.empty, "paged": PagedStore.empty}
 
 
 class LayerCache:
@@ -28,11 +33,18 @@ class LayerCache:
         self.pending = False
         self.evicted = False
 
-    def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None, counts: list[int] | None = None) -> None:
-        """Store new entries k, v `[B, G, n, D]`, padding (`valid` False) left out."""
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None = None,
+        counts: list[int] | None = None,
+        storage: str = "dense",
+    ) -> None:
+        """Store new entries k, v `[B, G, n, D]`, padding (`valid` False) left out. `storage` is what it starts as."""
         b, n = k.shape[0], k.shape[2]
         if self.store is None:
-            self.store = DenseStore.empty(k, v)
+            self.store = STORAGE[storage](k, v)
             self.seen = [0] * b
             self.rows = [LayerState() for _ in range(b)]
             self.tails = [None] * b
@@ -57,6 +69,17 @@ class LayerCache:
         old = self.tails[row]
         joined = q[:, :, -rows:] if old is None else cat([old, q[:, :, -rows:]], 2)
         self.tails[row] = joined[:, :, -rows:].clone()
+
+    def select(self, keep: Selection, rows: list[Selection]) -> None:
+        """Keep only these entries (`keep` for all rows, `rows` one by one); the others are gone."""
+        assert self.store is not None
+        before = self.store.lens
+        self.store = self.store.select(keep)
+        self.evicted = self.evicted or self.store.lens != before or keep.ring is not None
+        for state, selection in zip(self.rows, rows, strict=True):
+            state.keep(selection)
+        self.batch.keep(keep)
+        self.tails = [None] * len(self.tails)
 
     def forget(self) -> None:
         """Drop what methods remembered beside the entries (another recipe takes over)."""

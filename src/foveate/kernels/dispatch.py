@@ -27,7 +27,7 @@ BACKENDS = {
     "gluon": "foveate.kernels.gluon",
 }
 # Tried in this order; the first without a reason against it runs. `reference` is never chosen: it costs N x M.
-AUTO = {"cpu": ("sdpa", "flex", "torch"), "cuda": ("sdpa", "gluon", "triton", "torch")}
+AUTO = {"cpu": ("sdpa", "flex", "torch"), "cuda": ("gluon", "sdpa", "triton", "torch")}
 _KINDS = ("dense", "paged", "ragged")
 _KV_FIELDS = ("len", "table", "offsets", "pos")
 
@@ -116,6 +116,7 @@ def attend(
     _check(q, view, plan)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if strict:
+        view.validate()
         _finite(q, view)
     if isinstance(plan, Parts):
         out, lse, mass = _attend_parts(q, view, plan, scale, return_lse, return_mass, softcap, backend)
@@ -202,13 +203,23 @@ def _attend(q, kv, layout, scale, want_lse, want_mass, softcap, name):  # type: 
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, kv.k, kv.v, kv.bias))
     want = Want(lse=want_lse, mass=want_mass, grad=grad, softcap=cap > 0)
     if not grad and not torch.compiler.is_compiling():
-        return choose(q, kv, layout, want, name).forward(q, kv, layout, scale=scale, softcap=cap, want=want)
+        return _forward(q, kv, layout, scale, cap, want, name)
     if name in (None, "auto", "sdpa") and sdpa.supports(q, kv, layout, want) is None:
         # Plain PyTorch: autograd and the compiler see through it, and dense training gets PyTorch's own backward.
         return sdpa.forward(q, kv, layout, scale=scale, softcap=cap, want=want)
     pack, meta = _pack(kv, layout), _meta(kv, layout)
     out, lse, mass = _operator(q, kv.k, kv.v, kv.bias, pack, meta, scale, cap, name or "auto", want_lse or grad, want_mass)
     return out, lse if want_lse else None, mass.detach() if want_mass else None
+
+
+def _forward(q, kv, layout, scale, cap, want, name):  # type: ignore[no-untyped-def]
+    module = choose(q, kv, layout, want, name)
+    try:
+        return module.forward(q, kv, layout, scale=scale, softcap=cap, want=want)
+    except UnsupportedError:  # found out on the way, such as a compiler that fails; the backend says so from now on
+        if name not in (None, "auto") or module.supports(q, kv, layout, want) is None:
+            raise
+    return choose(q, kv, layout, want, name).forward(q, kv, layout, scale=scale, softcap=cap, want=want)
 
 
 # ---------------------------------------------------------------------- the operator (autograd, torch.compile)
@@ -245,8 +256,7 @@ def _operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kv, layout = _unpack(k, v, bias, index, meta)
     want = Want(lse=want_lse, mass=want_mass, grad=False, softcap=softcap > 0)
-    module = choose(q, kv, layout, want, backend)
-    out, lse, mass = module.forward(q, kv, layout, scale=scale, softcap=softcap, want=want)
+    out, lse, mass = _forward(q, kv, layout, scale, softcap, want, backend)
     none = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = lse.contiguous() if want_lse else q.new_empty(0, dtype=none)
     return out.contiguous(), lse, mass.contiguous() if want_mass else q.new_empty(0, dtype=torch.float32)

@@ -55,11 +55,11 @@ def forward(
     b, h, n, d = q.shape
     g, m = k.shape[1], k.shape[2]
     if n == 1 or not layout.causal:
-        if h != g:  # the r heads of a group as r query rows: K and V are read once
+        if h != g and q.device.type == "cpu":  # the r heads of a group as r query rows: K and V are read once
             packed = q.reshape(b, g, (h // g) * n, d)
             out = scaled_dot_product_attention(packed, k, v, scale=scale)
             return out.reshape(b, h, n, v.shape[-1]), None, None
-        return scaled_dot_product_attention(q, k, v, scale=scale), None, None
+        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=h != g), None, None
     if n == m:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=h != g), None, None
     out = q.new_empty(b, h, n, v.shape[-1])

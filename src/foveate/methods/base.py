@@ -14,6 +14,7 @@ State lives in three places: `state.layer` with the cache of this layer (and thi
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,38 +42,57 @@ class Rope(Protocol):
 class LayerState(dict):  # type: ignore[type-arg]
     """A method's memory beside one layer's cache: a dict that follows the cache through its operations.
 
-    On truncate, tensors and plain values are dropped (the method recomputes them from the cache); a value with
-    `truncate(n)`, `fork()` or `reorder(index)` handles these itself.
+    A value may handle an operation itself: `truncate(n)`, `keep(selection)`, `fork()`, `reorder(index)`. Without one,
+    truncate and keep drop the value (the method computes it again from the cache), fork copies it, and reorder picks
+    the rows of a tensor, keeps plain values and drops the rest.
     """
 
     def truncate(self, n: int) -> None:
-        for key in list(self):
-            if hasattr(self[key], "truncate"):
-                self[key].truncate(n)
-            else:
-                del self[key]
+        self._each("truncate", n)
+
+    def keep(self, selection: Selection) -> None:
+        """The cache keeps only these entries; what refers to old entry numbers is gone."""
+        self._each("keep", selection)
 
     def fork(self) -> LayerState:
         out = LayerState()
         for key, value in self.items():
-            out[key] = value.fork() if hasattr(value, "fork") else value.clone() if isinstance(value, Tensor) else value
+            out[key] = value.fork() if hasattr(value, "fork") else copy.deepcopy(value)
         return out
 
     def reorder(self, index: Tensor) -> None:
-        for key, value in self.items():
+        for key in list(self):
+            value = self[key]
             if hasattr(value, "reorder"):
                 value.reorder(index)
             elif isinstance(value, Tensor):
                 self[key] = value.index_select(0, index.to(value.device))
+            elif not isinstance(value, (int, float, str, type(None))):
+                del self[key]
+
+    def _each(self, operation: str, argument: Any) -> None:
+        for key in list(self):
+            if hasattr(self[key], operation):
+                getattr(self[key], operation)(argument)
+            else:
+                del self[key]
 
 
 @dataclass
 class State:
-    """Where a method keeps what it must remember."""
+    """Where a method keeps what it must remember.
+
+    Attributes:
+        layer: beside this layer's cache; of one batch row in prefill and compress, of all rows in decode.
+        rows: in decode, the `layer` of each batch row's prefill.
+        step: shared by all layers of one forward (of one batch row in prefill), then dropped.
+        run: for a whole generation.
+    """
 
     layer: LayerState = field(default_factory=LayerState)
     step: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    rows: list[LayerState] = field(default_factory=list)
 
 
 @dataclass
@@ -176,7 +196,7 @@ class Method:
     """Base of all methods: published hyperparameters as fields, facts about the method as class variables.
 
     Class variables:
-        id: the registry id. roles: what it can serve as ("prefill", "decode", "cache").
+        id: the registry id. roles: what it can serve as ("prefill", "decode", "cache", "heads").
         selection: "causal" (a row's set does not depend on later tokens) or "prompt" (looks at the whole prompt).
         share: "head" or "group", whether query heads of a group have their own lists.
         needs: "nothing", "profile" or "weights". source: paper. tail: query rows `compress` wants (0: none).
@@ -226,6 +246,10 @@ class Method:
     def compress(self, x: AttnInput, state: State) -> Selection | None:
         return None
 
+    def owns(self, x: AttnInput, state: State) -> Tensor | None:
+        """bool `[H]`: the heads that follow this method's plan in a recipe where it serves as `heads`; None: all."""
+        return None
+
     # ------------------------------------------------------------------ checks shared by all
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -265,8 +289,8 @@ class Method:
 
 
 def option(default: Any, low: float | None = None, high: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A hyperparameter: its published default and the values it may take."""
-    return field(default=default, metadata={"range": (low, high), "choices": choices})
+    """A hyperparameter: its published default and the values it may take. Given by keyword only."""
+    return field(default=default, kw_only=True, metadata={"range": (low, high), "choices": choices})
 
 
 def _check_type(owner: str, f: dataclasses.Field[Any], value: Any) -> None:

@@ -19,5 +19,9 @@ class Dense(Method):
     evicted_ok: ClassVar[bool] = True
     source: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
 
+    @property
+    def default_roles(self) -> tuple[str, ...]:
+        return ("prefill", "decode")  # a cache that keeps everything is what a recipe has without a policy
+
     def plan(self, x: AttnInput, state: State) -> Layout:
         return x.dense()

@@ -156,6 +156,7 @@ class MInference(Method):
             q_offset=x.offset(BLOCK),
             q_pos=x.layout_pos(),
             device=x.device,
+            validate=False,
         )
 
     def _block_sparse(self, x: AttnInput, a: Tensor, b: Tensor) -> Layout:

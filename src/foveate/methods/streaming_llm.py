@@ -42,6 +42,7 @@ class StreamingLLM(Method):
             q_offset=x.offset(128) if x.phase == "prefill" else 0,
             q_pos=x.layout_pos(),
             device=x.device,
+            validate=False,
         )
 
     def compress(self, x: AttnInput, state: State) -> Selection | None:

@@ -60,7 +60,7 @@ def _unserved_layout(layout: Layout) -> str | None:
     if max(n, m, b * h * -(-n // 128)) > LONGEST:
         return f"more than {LONGEST} rows, keys or tiles"
     if layout.full:
-        return None
+        return None if n >= 128 else f"{n} query rows leave most of its 128-row tiles empty"
     if layout.has_rule:
         return "it has no static rules (sink, window, stride)"
     if layout.entries is not None or layout.columns is not None or layout.diagonals is not None:

@@ -1,0 +1,160 @@
+"""The runtime's own promises: heads that follow another method, what methods remember, a policy that fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from foveate.errors import UnsupportedError
+from foveate.layout import Layout, Part, Parts
+from foveate.methods.base import AttnInput, LayerState, Method, Selection, State, option
+from foveate.methods.dense import Dense
+from foveate.recipe import Recipe
+from tests.drive import Drive, oracle, qkv
+
+
+@dataclass(frozen=True)
+class Stream(Method):
+    """Every second head sees a window alone, the others what the recipe's other methods say."""
+
+    window: int = option(8, low=1)
+
+    id: ClassVar[str] = "stream"
+    roles: ClassVar[tuple[str, ...]] = ("prefill", "decode", "heads")
+
+    def plan(self, x: AttnInput, state: State) -> Layout:
+        return Layout.static(x.shape, window=self.window, block_q=1, q_pos=x.layout_pos())
+
+    def owns(self, x: AttnInput, state: State):
+        return torch.arange(x.q.shape[1]) % 2 == 1
+
+
+def test_heads_are_mixed():
+    """`heads=` takes its own heads in prefill and decode; the others stay with the recipe's method."""
+    q, k, v = qkv(1, 4, 2, 41)
+    dense = oracle(q, (k, v))
+    window = oracle(q, (k, v), Layout.static((1, 4, 41, 41), window=8, block_q=1))
+    for recipe in (Recipe(heads=Stream()), Recipe(prefill=Dense(), decode=Dense(), heads=Stream())):
+        drive = Drive(recipe)
+        got = torch.cat([drive(*(t[:, :, :40] for t in (q, k, v))), drive(*(t[:, :, 40:] for t in (q, k, v)))], 2)
+        torch.testing.assert_close(got[:, ::2], dense[:, ::2], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got[:, 1::2], window[:, 1::2], atol=1e-5, rtol=1e-5)
+
+
+@dataclass(frozen=True)
+class Recorder(Method):
+    """Writes into every place it may write to, and reads back what it can see."""
+
+    id: ClassVar[str] = "recorder"
+    roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")
+    seen: ClassVar[list] = []
+
+    def plan(self, x: AttnInput, state: State) -> Layout:
+        if x.phase == "prefill":
+            self.seen.append(("step", dict(state.step)))
+            state.step["row"] = state.layer["row"] = int(x.q.shape[2])
+        else:
+            self.seen.append(("rows", [s["row"] for s in state.rows]))
+        return x.dense()
+
+
+def test_what_prefill_remembers_reaches_decode_and_rows_do_not_mix():
+    Recorder.seen.clear()
+    drive = Drive(Recipe(prefill=Recorder(), decode=Recorder()))
+    q, k, v = qkv(2, 4, 2, 30)
+    valid = torch.ones(2, 30, dtype=torch.bool)
+    valid[0, :10] = False
+    drive(q, k, v, valid)
+    drive(*(t[:, :, :1] for t in (q, k, v)))
+    assert Recorder.seen == [("step", {}), ("step", {}), ("rows", [20, 30])]
+
+
+@dataclass(frozen=True)
+class Moody(Method):
+    """A cache policy that fails the first time."""
+
+    id: ClassVar[str] = "moody"
+    roles: ClassVar[tuple[str, ...]] = ("cache",)
+    failed: ClassVar[list] = []
+
+    def compress(self, x: AttnInput, state: State) -> Selection:
+        if not self.failed:
+            self.failed.append(True)
+            raise RuntimeError("not now")
+        bias = torch.full((1, x.groups, x.kv.capacity), -1.0)
+        return Selection(torch.arange(x.kv.capacity).expand(1, x.groups, -1), bias=bias)
+
+
+def test_a_policy_that_failed_is_asked_again_and_its_weights_count():
+    q, k, v = qkv(1, 4, 2, 31)
+    drive = Drive(Recipe(cache=Moody()))
+    drive(*(t[:, :, :30] for t in (q, k, v)))
+    with pytest.raises(RuntimeError, match="not now"):
+        drive(*(t[:, :, 30:] for t in (q, k, v)))
+    drive(*(t[:, :, 30:] for t in (q, k, v)))
+    view = drive.cache.store.view()
+    assert view.bias is not None and bool((view.bias[..., :30] == -1).all()) and bool((view.bias[..., 30:] == 0).all())
+    assert not drive.cache.pending and not drive.cache.evicted  # weighted, but nothing is gone
+
+
+@pytest.mark.parametrize("recipe", ["dense", "streaming_llm:sink=2,window=9", "quest:page=4,budget=8,dense_layers=0"])
+def test_paged_storage_changes_nothing(recipe):
+    q, k, v = qkv(2, 4, 2, 42)
+    parts = Recipe.of(recipe)
+    paged = Recipe(prefill=parts.prefill, decode=parts.decode, storage="paged")
+    a, b = Drive(Recipe(prefill=parts.prefill, decode=parts.decode)), Drive(paged)
+    for lo, hi in ((0, 40), (40, 41), (41, 42)):
+        x, y = (d(*(t[:, :, lo:hi] for t in (q, k, v))) for d in (a, b))
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    assert b.cache.store.view().kind == "paged"
+    fork = b.cache.fork()
+    assert fork.store.nbytes == b.cache.store.nbytes  # pages are shared until one side writes
+
+
+def test_memory_follows_the_cache():
+    class Kept:
+        def __init__(self):
+            self.log = []
+
+        def truncate(self, n):
+            self.log.append(("truncate", n))
+
+        def keep(self, selection):
+            self.log.append("keep")
+
+        def fork(self):
+            return Kept()
+
+        def reorder(self, index):
+            self.log.append(index.tolist())
+
+    state = LayerState()
+    state.update(kept=Kept(), rows=torch.arange(3), names=["a", "b", "c"], n=5)
+    copy = state.fork()
+    copy["names"].append("d")
+    assert state["names"] == ["a", "b", "c"] and copy["kept"] is not state["kept"]
+    state.reorder(torch.tensor([2, 0]))
+    assert state["rows"].tolist() == [2, 0] and state["n"] == 5 and "names" not in state
+    kept = state["kept"]
+    state.keep(Selection(torch.zeros(1, 1, 1, dtype=torch.long)))
+    assert list(state) == ["kept"]
+    state.truncate(4)
+    assert kept.log == [[2, 0], "keep", ("truncate", 4)]
+
+
+def test_gated_parts_refuse_attention_sinks():
+    @dataclass(frozen=True)
+    class Gated(Method):
+        id: ClassVar[str] = "gated"
+        roles: ClassVar[tuple[str, ...]] = ("prefill",)
+
+        def plan(self, x, state):
+            gate = torch.ones(x.shape[:3])
+            return Parts((Part(x.dense(), gate=gate),), combine="gated")
+
+    drive = Drive(Recipe(prefill=Gated()), sinks=torch.zeros(4))
+    with pytest.raises(UnsupportedError, match="sinks"):
+        drive(*qkv(1, 4, 2, 20))
