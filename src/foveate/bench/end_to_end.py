@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..measure import Progress, facts
 from ..prompts import Prompt, check_fits
 from ..recipe import Recipe
+from . import results
 
 STOCK = "transformers sdpa"
 PREFILL = ("dense", "flexprefill@8k")
@@ -146,22 +147,41 @@ def _ids(model: Any, prompt: Prompt) -> Tensor:
 
 
 def _result(
-    what: str, model: Any, prompt: Prompt, backend: str | None, name: str, samples: dict[str, Any], steps: int
+    what: str,
+    model: Any,
+    prompt: Prompt,
+    backend: str | None,
+    name: str,
+    samples: dict[str, list[tuple[float, float]]],
+    steps: int,
 ) -> dict[str, Any]:
+    """A result file's contents (see `results`): wall time in `ms`, CPU time and the ratio to dense in `params`."""
     base = statistics.median(wall for wall, _ in samples["dense"])
     rows = []
     for key, pairs in samples.items():
-        wall, cpu = [w for w, _ in pairs], [c for _, c in pairs]
-        rows.append(
-            {
-                "subject": key,
-                "seconds": statistics.median(wall),
-                "fastest": min(wall),
-                "slowest": max(wall),
-                "cpu_seconds": statistics.median(cpu),
-                "of_dense": statistics.median(wall) / base,
-                "samples": wall,
-                "cpu_samples": cpu,
-            }
+        wall, cpu = [1000 * w for w, _ in pairs], [1000 * c for _, c in pairs]
+        params = {
+            "tokens": prompt.tokens,
+            "steps": steps,
+            "of_dense": statistics.median(wall) / (1000 * base),
+            "cpu_ms": results.spread(cpu),
+            "samples": wall,
+        }
+        rows.append(results.Row(what, key, params, results.spread(wall)))
+    device = next(model.parameters()).device
+    return results.result(what, rows, device, facts=facts(model, prompt, 0, backend, 0, name))
+
+
+def table(data: dict[str, Any]) -> str:
+    """A result as text, one line a subject."""
+    lines = [
+        f"{data['device']}, {data['date']}",
+        f"{'':44s} {'ms':>9s} {'min':>9s} {'max':>9s} {'CPU ms':>9s} {'of dense':>9s}",
+    ]
+    for row in data["rows"]:
+        ms, params = row["ms"], row["params"]
+        lines.append(
+            f"{row['impl'][:44]:44s} {ms['median']:9.1f} {ms['min']:9.1f} {ms['max']:9.1f} "
+            f"{params['cpu_ms']['median']:9.1f} {params['of_dense']:9.3f}"
         )
-    return {"bench": what, "steps": steps, "facts": facts(model, prompt, 0, backend, 0, name), "rows": rows}
+    return "\n".join(lines)

@@ -20,8 +20,10 @@ Result = tuple[Tensor, Tensor]
 
 def attend(q: Tensor, kv: KV, layout: Layout, scale: float) -> Result | None:
     """out `[B, H, 1, Dv]` and lse `[B, H, 1]` for a layout of lists per block or a dense one; None otherwise."""
-    if kv.bias is not None or layout.has_rule or layout.diagonals is not None or layout.columns is not None:
+    if kv.bias is not None or layout.diagonals is not None or layout.columns is not None:
         return None
+    if layout.has_rule:
+        return None if layout.has_lists or kv.kind != "dense" or kv.pos is None else _ruled(q, kv, layout, scale)
     limit = _limit(kv, layout)
     if limit is None:
         return None
@@ -62,6 +64,15 @@ def _dense(q: Tensor, kv: KV, limit: Tensor, scale: float) -> Result | None:
         done.append(flash(x[lo:hi], k, v, None, None, scale))
         lo = hi
     out, lse = (t[0] if len(t) == 1 else torch.cat(t) for t in zip(*done, strict=True))
+    return out.reshape(b, h, 1, -1), lse.reshape(b, h, 1)
+
+
+def _ruled(q: Tensor, kv: KV, layout: Layout, scale: float) -> Result:
+    """A rule over entries in no order of position (a ring, an evicted cache): often all of them satisfy it."""
+    b, h, _, _ = q.shape
+    g, m = kv.shape[1], kv.capacity
+    seen = layout.to_mask(kv).view(b, g, h // g, m)
+    out, lse = flash(q.reshape(b, g, h // g, -1), kv.k, kv.v, None if bool(seen.all()) else seen, None, scale)
     return out.reshape(b, h, 1, -1), lse.reshape(b, h, 1)
 
 

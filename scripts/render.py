@@ -1,0 +1,178 @@
+"""Write what is generated: the tables of README.md from the registry and the results, and BENCHMARKS.md from
+benchmarks/results/*.json. `--check` changes nothing and fails when a file is stale.
+
+    python scripts/render.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """Committed result files by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+# ---------------------------------------------------------------------- README
+def methods_table() -> str:
+    from foveate.registry import METHODS, get
+
+    lines = [
+        "| method | serves | selection | lists per | needs | presets | source |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in METHODS:
+        m = get(name)
+        share = m.share if isinstance(m.share, str) else "head"
+        presets = ", ".join(f"`@{p}`" for p in m.presets) or "-"
+        lines.append(f"| `{name}` | {', '.join(m.roles)} | {m.selection} | {share} | {m.needs} | {presets} | {m.source} |")
+    return "\n".join(lines)
+
+
+def figures(found: dict[str, dict[str, Any]]) -> str:
+    """The figures README shows, each straight from a row of a result file."""
+    out = []
+    if (demo := found.get("cpu_compare")) is not None:
+        facts, rows = demo["facts"], demo["rows"]
+        out.append(
+            f"`foveate compare`, {facts['model']} reading {facts['prompt']}, {facts['dtype']}, {facts['device']} "
+            f"(one run, {facts['date']}):\n\n" + compare_table(rows)
+        )
+    for stem in ("cpu_prefill", "cpu_decode"):
+        if (bench := found.get(stem)) is not None:
+            out.append(f"{bench_title(bench)}:\n\n" + end_to_end_table(bench))
+    if (blocks := found.get("h100_blocks_fa4")) is not None:
+        out.append(
+            f"Block lists on one {blocks['device']}, 32 query and 8 kv heads, D 128, bf16, causal, blocks of 128 queries; "
+            "TFLOP/s over kept pairs, all in one process:\n\n" + blocks_table(blocks)
+        )
+    return "\n\n".join(out)
+
+
+def compare_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| recipe | first token | decode | computed in prefill | KV memory | KL to dense | mass kept | holds the fact |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        if r["error"]:
+            lines.append(f"| `{r['recipe']}` | did not run: {r['error']} | | | | | | |")
+            continue
+        lines.append(
+            f"| `{r['recipe']}` | {r['first_token']:.1f} s | {r['tokens_per_second']:.1f}/s | {r['prefill_computed']:.0%} | "
+            f"{r['kv_bytes'] / 2**20:.0f} MiB | {r['kl']:.3f} | {r['mass']:.0%} / {r['decode_mass']:.0%} | "
+            f"{'yes' if r['answered'] else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
+def bench_title(bench: dict[str, Any]) -> str:
+    p = bench["rows"][0]["params"]
+    facts = ", ".join(f"{k} {v}" for k, v in p.items() if k in ("model", "tokens", "dtype", "threads"))
+    return f"`foveate bench {bench['bench']}` ({facts}; {bench['device']})"
+
+
+def end_to_end_table(bench: dict[str, Any]) -> str:
+    base = bench["rows"][0]["ms"]["median"]
+    lines = ["| what | median | spread | of the first row |", "| --- | --- | --- | --- |"]
+    for r in bench["rows"]:
+        ms = r["ms"]
+        lines.append(
+            f"| {r['impl']} | {ms['median']:.0f} ms | {ms['min']:.0f} to {ms['max']:.0f} | {ms['median'] / base:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def blocks_table(data: dict[str, Any]) -> str:
+    """TFLOP/s by case (rows) and implementation (columns) at D 128."""
+    rows = [r for r in data["rows"] if r["params"]["D"] == 128]
+    impls = [i for i in ("gluon", "fa4", "triton", "cudnn") if any(r["impl"] == i for r in rows)]
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    title = {"gluon": "foveate gluon", "triton": "foveate triton", "fa4": "FlashAttention-4", "cudnn": "cuDNN, dense"}
+    lines = [
+        "| tokens | key block | density | " + " | ".join(title[i] for i in impls) + " |",
+        "| --- " * (3 + len(impls)) + "|",
+    ]
+    for case in cases:
+        mine = {r["impl"]: r for r in rows if r["case"] == case}
+        one = next(iter(mine.values()))
+        density = min(r["density"] for r in mine.values())
+        cells = [f"{mine[i]['tflops']:.0f}" if i in mine else "-" for i in impls]
+        lines.append(f"| {one['params']['N']} | {one['params']['width']} | {density:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------- BENCHMARKS.md
+def benchmarks(found: dict[str, dict[str, Any]]) -> str:
+    parts = [
+        "# Benchmarks",
+        "Generated by `make benchmarks` from `benchmarks/results/*.json`; every figure comes from a run, with the dense "
+        "baseline in the same process. Medians, with the smallest and largest sample. What was expected, and why it came "
+        "out otherwise, is in [benchmarks/NOTES.md](benchmarks/NOTES.md).",
+    ]
+    for stem, data in found.items():
+        parts.append(f"## {stem}")
+        if "facts" in data:
+            facts = data["facts"]
+            parts.append(f"{facts['model']}, {facts['prompt']}, {facts['dtype']}, {facts['device']}, {facts['date']}.")
+            parts.append(compare_table(data["rows"]))
+            continue
+        versions = ", ".join(
+            f"{k} {v}" for k, v in data["versions"].items() if k in ("python", "torch", "triton", "transformers")
+        )
+        parts.append(f"{data['bench']}: {data['device']}, {versions}, commit `{data['commit'][:12]}`, {data['date']}.")
+        parts.append(rows_table(data["rows"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def rows_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| case | impl | parameters | median | min to max | TFLOP/s | density | largest error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        params = ", ".join(f"{k}={v}" for k, v in (r.get("params") or {}).items())
+        ms = r["ms"]
+        number = lambda x, form: "-" if x is None else format(x, form)  # noqa: E731
+        lines.append(
+            f"| {r['case']} | {r['impl']} | {params} | {ms['median']:.3f} ms | {ms['min']:.3f} to {ms['max']:.3f} | "
+            f"{number(r.get('tflops'), '.0f')} | {number(r.get('density'), '.3f')} | {number(r.get('max_error'), '.1e')} |"
+        )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------- files
+def put(text: str, name: str, new: str) -> str:
+    """`text` with what stands between the markers of `name` replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{new}\n{end}{tail}"
+
+
+def render() -> dict[Path, str]:
+    """Every generated file and its contents."""
+    found = results()
+    readme = ROOT / "README.md"
+    text = put(readme.read_text(), "methods", methods_table())
+    return {readme: put(text, "figures", figures(found)), ROOT / "BENCHMARKS.md": benchmarks(found)}
+
+
+def main() -> None:
+    stale = [path for path, text in render().items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv[1:]:
+        sys.exit(f"stale, run `make benchmarks`: {', '.join(p.name for p in stale)}" if stale else 0)
+    for path, text in render().items():
+        path.write_text(text)
+    print("wrote " + (", ".join(p.name for p in stale) or "nothing, all is up to date"))
+
+
+if __name__ == "__main__":
+    main()

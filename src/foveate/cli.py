@@ -1,0 +1,484 @@
+"""The command `foveate`. Every error is one line on stderr that says what and how to mend it; `--debug` shows more."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .errors import ConfigError, FoveateError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .prompts import Prompt
+
+DEBUG = "foveate.debug"  # key in the click context
+
+
+class OneLine(TyperGroup):
+    """A command group whose errors are one line and exit code 2; Ctrl-C is 130 and says so."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (FoveateError, OSError, MemoryError) as err:
+            if isinstance(err, BrokenPipeError):
+                raise
+            if ctx.meta.get(DEBUG):
+                traceback.print_exc()
+            _complain(_sentence(err))
+            raise typer.Exit(2) from err
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        try:
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except Exception as err:  # the parser's own: an unknown option, a missing argument
+            if not hasattr(err, "format_message"):
+                raise
+            if text := err.format_message():  # empty after a group without arguments, which printed its help
+                _complain(f"{text} (foveate --help lists the commands, foveate COMMAND --help the options)")
+            code = getattr(err, "exit_code", 2)
+        if code == 130:
+            _complain("stopped")
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+
+def _sentence(err: BaseException) -> str:
+    if isinstance(err, FoveateError):
+        return str(err)
+    if isinstance(err, MemoryError):
+        return "out of memory: use a shorter prompt (--tokens), or --dtype bf16"
+    assert isinstance(err, OSError)
+    return f"{err.strerror or err}{': ' + str(err.filename) if err.filename else ''}"
+
+
+def _complain(text: str) -> None:
+    print("foveate: " + " ".join(text.split()), file=sys.stderr)
+
+
+def _set_debug(ctx: typer.Context, value: bool) -> bool:
+    if value:
+        import logging
+
+        ctx.meta[DEBUG] = True
+        logging.basicConfig(level=logging.WARNING)
+        logging.getLogger("foveate").setLevel(logging.DEBUG)
+    return value
+
+
+app = typer.Typer(
+    cls=OneLine,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Attention only where it matters: run sparse attention on real models and see what it saves and what it loses.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure speed; every command writes JSON with device, versions and spread.")
+app.add_typer(bench, name="bench")
+
+# ---------------------------------------------------------------------- options that several commands share
+Model = Annotated[
+    str, typer.Option(help="A Hugging Face id or folder, a .gguf file, or smollm2 (comes with the demo extra).")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32; auto times one product on the CPU and chooses.")]
+Seed = Annotated[int, typer.Option(help="Order of the essays and choice of the sampled rows.")]
+Backend = Annotated[str, typer.Option(help="Kernel backend by name; auto takes the best that can (see doctor).")]
+PromptFile = Annotated[str | None, typer.Option("--prompt", "-p", help="A text file, or - for standard input.")]
+Tokens = Annotated[
+    int | None, typer.Option(help="Length of the built-in prompt: essays with a planted fact (7000 if not given).")
+]
+JsonFile = Annotated[str | None, typer.Option("--json", help="Write every figure to this file (- for standard output).")]
+NewTokens = Annotated[int, typer.Option(help="Tokens to generate.")]
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show tracebacks.")]
+One = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipe", "-r", help="A recipe, such as flexprefill@8k or flexprefill@8k+quest+cache=snapkv; repeatable."
+    ),
+]
+Many = Annotated[str | None, typer.Option(help="Several recipes, separated by semicolons.")]
+
+
+@app.command()
+def compare(
+    model: Model = "smollm2",
+    prompt: PromptFile = None,
+    tokens: Tokens = None,
+    recipe: One = None,
+    recipes: Many = None,
+    new_tokens: NewTokens = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    report: Annotated[Path, typer.Option(help="Folder for the HTML page.")] = Path("report"),
+    debug: Debug = False,
+) -> None:
+    """Run dense attention and several recipes on one prompt: speed, memory, agreement, and a report with pictures."""
+    from .recipe import Recipe
+
+    asked = _recipes(recipe, recipes)
+    for text in asked:  # a typing error must not cost the time to load a model
+        Recipe.of(text)
+    _check_output(json_file, report)
+    from .report.console import stderr
+
+    out = stderr()
+    net, tokenizer = _load(model, device, dtype, out)
+    from .measure import DEFAULT_RECIPES, compare
+    from .report.console import progress
+
+    made = _prompt(tokenizer, prompt, tokens, seed)
+    with progress(out) as tick:
+        result = compare(
+            net,
+            tokenizer,
+            made,
+            asked or DEFAULT_RECIPES,
+            new_tokens=new_tokens,
+            backend=None if backend == "auto" else backend,
+            progress=tick,
+            seed=seed,
+            name=model,
+        )
+    from .report import summary, write
+    from .report.terminal import print_comparison
+
+    if json_file != "-":
+        print_comparison(result)
+        print(summary(result))
+    if json_file is not None:
+        _write_json(json_file, result.to_json())
+    page = write(result, report, command=["foveate", *sys.argv[1:]])
+    out.print(f"report: {page}", highlight=False, soft_wrap=True)
+    if any(row.error for row in result.rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe, such as flexprefill@8k+quest+cache=snapkv.")],
+    model: Model = "smollm2",
+    prompt: PromptFile = None,
+    tokens: Tokens = None,
+    new_tokens: NewTokens = 128,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    seed: Seed = 0,
+    gate: Annotated[bool, typer.Option(help="Run dense below the lengths at which a method pays off.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Answer one prompt under one recipe, streaming the text."""
+    from .recipe import Recipe
+
+    chosen = Recipe.of(recipe)
+    from .report.console import stderr
+
+    out = stderr()
+    net, tokenizer = _load(model, device, dtype, out)
+    from transformers import TextStreamer
+
+    from .adapters.transformers import use
+    from .prompts import check_fits
+    from .report.table import seconds, size
+
+    made = _prompt(tokenizer, prompt, tokens, seed)
+    check_fits(made, getattr(net.get_decoder().config, "max_position_embeddings", None), new_tokens)
+    stamps = [time.perf_counter()]
+
+    class Clocked(TextStreamer):
+        """Prints words as they come and remembers when."""
+
+        def put(self, value: Any) -> None:
+            super().put(value)
+            stamps.append(time.perf_counter())
+
+    ids = made.ids.to(net.device)
+    asked = dict(max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
+    with use(net, chosen, backend=None if backend == "auto" else backend, gate=gate) as handle:
+        streamer = Clocked(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stamps[0] = time.perf_counter()
+        done = net.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **asked)
+    first, rest = stamps[2] - stamps[0], stamps[3:]
+    rate = f", {len(rest) / (rest[-1] - stamps[2]):.1f} tokens/s after it" if rest else ""
+    held = size(done.past_key_values.nbytes)
+    out.print(
+        f"{made.tokens} tokens in, first token after {seconds(first)}{rate}, cache {held}", style="dim", highlight=False
+    )
+    for note in handle.notes:
+        out.print(f"note: {note}", style="dim", highlight=False)
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List every method: what it can serve, what it needs, where it comes from."""
+    from .registry import METHODS, get
+
+    listed = [_describe(get(name)) for name in METHODS]
+    if as_json:
+        print(json.dumps(listed, indent=1))
+        return
+    from rich.table import Table
+
+    from .report.console import stdout
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("method", "serves", "selects", "lists per", "needs", "presets", "status", "source"):
+        table.add_column(title, overflow="fold", no_wrap=title == "method")
+    for one in listed:
+        presets = ", ".join(one["presets"]) or "-"
+        roles = ", ".join(one["roles"])
+        table.add_row(one["id"], roles, one["selection"], one["share"], one["needs"], presets, one["status"], one["source"])
+    stdout().print(table)
+    print("\nUse them as METHOD, METHOD@PRESET or METHOD:key=value,..., and join them with +: prefill=minference@8k+quest.")
+
+
+def _describe(cls: Any) -> dict[str, Any]:
+    import dataclasses
+
+    return {
+        "id": cls.id,
+        "roles": list(cls.roles),
+        "selection": cls.selection,
+        "share": cls.share,
+        "needs": cls.needs,
+        "presets": {name: dict(values) for name, values in cls.presets.items()},
+        "options": {f.name: f.default for f in dataclasses.fields(cls)},
+        "status": cls.status,
+        "source": cls.source,
+    }
+
+
+@app.command()
+def doctor(
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="The dtype of the self-test.")] = "fp32",
+    test: Annotated[bool, typer.Option(help="Compute every sample with every backend and compare with the oracle.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show versions, devices and the compiler, which backend runs which layout and why, and test them."""
+    from .doctor import examine
+    from .models import pick_device, pick_dtype
+    from .report.terminal import print_checkup
+
+    where = pick_device(device)
+    from .report.console import stderr
+
+    out = stderr()
+    with out.status("looking around") as status:
+        report = examine(where, pick_dtype(dtype, where), test=test, say=status.update)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=1))
+    else:
+        print_checkup(report)
+    if not report.healthy:
+        raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------------- bench
+@bench.command("kernels")
+def bench_kernels(
+    device: Device = "auto",
+    lengths: Annotated[str | None, typer.Option(help="Tokens, separated by commas.")] = None,
+    cases: Annotated[str | None, typer.Option(help="Workloads to keep, separated by commas.")] = None,
+    against: Annotated[str | None, typer.Option(help="Dense baselines and backends, separated by commas.")] = None,
+    rounds: Annotated[int, typer.Option(help="Alternating rounds.", min=1)] = 3,
+    budget: Annotated[float | None, typer.Option(help="Seconds after which no further problem is started.")] = None,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Time the attention kernels on seeded workloads against the dense baselines of this machine."""
+    from .bench import kernels
+    from .models import pick_device
+    from .report.console import progress, stderr
+
+    where = pick_device(device)
+    shapes = kernels.default_shapes(where, _lengths(lengths))
+    with progress(stderr()) as tick:
+        options: dict[str, Any] = dict(cases=_names(cases), impls=_names(against), rounds=rounds, budget=budget)
+        result = kernels.run(device=where, shapes=shapes, progress=tick, **options)
+    _emit(result, kernels.table(result), json_file)
+
+
+@bench.command("prefill")
+def bench_prefill(
+    model: Model = "smollm2",
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 8000,
+    recipe: One = None,
+    recipes: Many = None,
+    rounds: Annotated[int, typer.Option(help="Alternating rounds; the order turns round each time.")] = 4,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Time to first token: stock transformers with SDPA, recipe dense, and other recipes, in alternating order."""
+    _bench_model("prefill", model, tokens, recipe, recipes, rounds, 0, device, dtype, backend, seed, json_file)
+
+
+@bench.command("decode")
+def bench_decode(
+    model: Model = "smollm2",
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 8000,
+    recipe: One = None,
+    recipes: Many = None,
+    rounds: Annotated[int, typer.Option(help="Alternating rounds; the order turns round each time.")] = 6,
+    steps: Annotated[int, typer.Option(help="Tokens of each recipe in a round.")] = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Seconds per token after a long prompt: stock transformers with SDPA, recipe dense, and other recipes."""
+    _bench_model("decode", model, tokens, recipe, recipes, rounds, steps, device, dtype, backend, seed, json_file)
+
+
+def _bench_model(
+    what: str,
+    model: str,
+    tokens: int,
+    recipe: list[str] | None,
+    recipes: str | None,
+    rounds: int,
+    steps: int,
+    device: str,
+    dtype: str,
+    backend: str,
+    seed: int,
+    json_file: str | None,
+) -> None:
+    from .recipe import Recipe
+
+    asked = _recipes(recipe, recipes)
+    for text in asked:
+        Recipe.of(text)
+    from .report.console import stderr
+
+    out = stderr()
+    net, tokenizer = _load(model, device, dtype, out)
+    from .bench import end_to_end
+    from .report.console import progress
+
+    made = _prompt(tokenizer, None, tokens, seed)
+    options: dict[str, Any] = dict(rounds=rounds, backend=None if backend == "auto" else backend, name=model)
+    with progress(out) as tick:
+        if what == "prefill":
+            result = end_to_end.prefill(net, made, asked or end_to_end.PREFILL, progress=tick, **options)
+        else:
+            result = end_to_end.decode(net, made, asked or end_to_end.DECODE, steps=steps, progress=tick, **options)
+    _emit(result, end_to_end.table(result), json_file)
+
+
+def _emit(result: dict[str, Any], text: str, json_file: str | None) -> None:
+    """Print a benchmark as text, and write its result file if asked."""
+    if json_file is not None:
+        _write_json(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if json_file != "-":
+        print(text)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _lengths(text: str | None) -> list[int] | None:
+    names = _names(text)
+    try:
+        return None if names is None else [int(name) for name in names]
+    except ValueError as err:
+        raise ConfigError(f"lengths: expected whole numbers separated by commas, got {text!r}") from err
+
+
+# ---------------------------------------------------------------------- helpers
+def _recipes(one: list[str] | None, many: str | None) -> list[str]:
+    found = [*(one or []), *(many or "").split(";")]
+    cleaned = [text.strip() for text in found if text.strip()]
+    if not cleaned and (one or many):
+        raise ConfigError("recipes: expected at least one recipe; foveate methods lists the parts")
+    return cleaned
+
+
+def _load(model: str, device: str, dtype: str, out: Console) -> tuple[Any, Any]:
+    with out.status(f"loading {model}") as status:
+        from .models import load
+
+        return load(model, device=device, dtype=dtype, say=status.update)
+
+
+def _prompt(tokenizer: Any, file: str | None, tokens: int | None, seed: int) -> Prompt:
+    from .prompts import needle_prompt, text_prompt
+
+    if file is None:
+        return needle_prompt(tokenizer, 7000 if tokens is None else tokens, seed=seed)
+    if tokens is not None:
+        raise ConfigError("tokens: sets the length of the built-in prompt; leave it out with --prompt")
+    if file == "-":
+        return text_prompt(tokenizer, sys.stdin.read(), "standard input")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"prompt: {file} is not UTF-8 text (byte {err.start})") from err
+    except OSError as err:
+        raise ConfigError(f"prompt: cannot read {file}: {err.strerror}") from err
+    return text_prompt(tokenizer, text, Path(file).name)
+
+
+def _check_output(json_file: str | None, report: Path) -> None:
+    """Complain about unusable places before minutes of work, not after."""
+    if report.exists() and not report.is_dir():
+        raise ConfigError(f"report: {report} is a file; give a folder")
+    if json_file not in (None, "-") and Path(json_file or "").is_dir():
+        raise ConfigError(f"json: {json_file} is a folder; give a file")
+    for place in [report, *([Path(json_file).parent] if json_file not in (None, "-") and json_file else [])]:
+        near = next(p for p in (place, *place.absolute().parents) if p.exists())
+        if not os.access(near, os.W_OK):
+            raise ConfigError(f"cannot write below {near}: permission denied")
+
+
+def _write_json(path: str, text: str) -> None:
+    if path == "-":
+        print(text, end="")
+        return
+    from .report.files import write_atomic
+
+    write_atomic(path, text)
+
+
+def main() -> None:
+    """The console entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
