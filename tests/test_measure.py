@@ -11,7 +11,7 @@ import torch
 from foveate.adapters.transformers import use
 from foveate.diagnosis import GRID, sample_rows
 from foveate.errors import ConfigError
-from foveate.measure import _kl, compare
+from foveate.measure import _busy, _kl, compare
 from tests.tiny import Words, llama, random_prompt
 
 FULL = "streaming_llm:window=400"
@@ -180,3 +180,10 @@ def test_sampled_rows_are_spread_and_end_with_the_last(n):
     assert len(rows) == min(n, GRID) and rows[-1] == n - 1
     assert (rows[1:] > rows[:-1]).all() and rows[0] >= 0
     assert rows[0] <= math.ceil(n / GRID)
+
+
+def test_a_busy_machine_is_said_to_be_busy():
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    assert _busy(cpu, 10.0, 9.5 * threads) == [] and _busy(cpu, 0.2, 0.01) == []
+    assert "got 30% of its" in _busy(cpu, 10.0, 3.0 * threads)[0]
+    assert _busy(torch.device("cuda"), 10.0, 0.1) == []

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .errors import FoveateError
-from .kernels.dispatch import attend, explain
-from .kv import KV
-from .layout import Layout, Part, Parts
-from .merge import merge
-from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .adapters.transformers import apply, remove, use
+    from .combine import merge
+    from .kernels.dispatch import attend, explain
+    from .kv import KV
+    from .layout import Layout, Part, Parts
+    from .recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,16 +21,25 @@ __all__ = [
     "merge", "remove", "use",
 ]  # fmt: skip
 
-_LAZY = {"apply": "transformers", "remove": "transformers", "use": "transformers"}
+# Public names are imported when they are first used: the command prints its help without loading torch, and kernels
+# need torch alone, without transformers. No name here may equal that of a submodule, which an import would put in its place.
+_HOME = {
+    "KV": "kv", "Layout": "layout", "Part": "layout", "Parts": "layout", "Recipe": "recipe", "merge": "combine",
+    "attend": "kernels.dispatch", "explain": "kernels.dispatch",
+    "apply": "adapters.transformers", "remove": "adapters.transformers", "use": "adapters.transformers",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """The transformers adapter is imported when it is first used, so that the kernels need torch alone."""
-    if name in _LAZY:
-        import importlib
+    if name not in _HOME:
+        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"foveate.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return getattr(importlib.import_module(f"foveate.adapters.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
 
 
 def list_methods() -> list[str]:

@@ -2,7 +2,8 @@
 
 Three passes a recipe: a warm-up on the head of the prompt (compilation, first touch of memory), the timed pass (prefill
 and greedy decode, watched only by a stop watch), and a diagnostic pass (pairs, attention mass, and the next-token
-distributions under teacher forcing on dense's own tokens). Dense runs first, through the same caches, in the same run.
+distributions under teacher forcing on dense's own tokens). Dense runs first, through the same caches, in the same run;
+a recipe that only decodes differently starts its diagnosis from a fork of dense's cache.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from .prompts import Prompt, check_fits
 from .recipe import Recipe
 
 _LOG = logging.getLogger("foveate")
-WARM_TOKENS = 2048  # enough for every preset to drop something, a small part of the time of a long prompt
+WARM_TOKENS = 1280  # enough for every preset to drop something, a small part of the time of a long prompt
 WARM_STEPS = 2
+BUSY = 0.7  # a prefill that gets less than this share of its threads' time is not to be compared
 STEP_WEIGHT = 40  # a decode step takes about as long as this many tokens of a prefill
 DEFAULT_RECIPES = (
     "dense",
@@ -146,7 +148,7 @@ def compare(
     return Comparison(facts(model, prompt, new_tokens, backend, seed, name), rows)
 
 
-_DENSE = Recipe(prefill="dense", decode="dense", cache="dense", name="dense")
+_DENSE = Recipe.of("dense")
 
 
 def _distinct(recipes: list[Recipe]) -> list[Recipe]:
@@ -188,6 +190,8 @@ class _Bench:
         self.ends = _end_tokens(model, tokenizer)
         self.tokens: list[int] = []  # dense's answer
         self.logits: Tensor | None = None  # dense's next-token logits `[new_tokens, vocabulary]`
+        self.prefilled: Any = None  # dense's cache after the prompt
+        self.first: Row | None = None  # dense's row
         warm = min(prompt.tokens, WARM_TOKENS)
         per_pass = prompt.tokens + STEP_WEIGHT * (new_tokens - 1)
         self.total = float(recipes * self.layers * (warm + WARM_STEPS * STEP_WEIGHT + 2 * per_pass))
@@ -231,15 +235,18 @@ class _Bench:
         handle.meter = watched
         if not self.tokens:
             self.tokens = tokens
-        logits = self._forced(self.ids, self.tokens)
+        ready = self.prefilled if recipe.prefill in (None, _DENSE.prefill) and not (recipe.cache or recipe.heads) else None
+        logits = self._forced(self.ids, self.tokens, ready)
         if self.logits is None:
             self.logits = logits
         kl = _kl(self.logits, logits)
         density, mass = watched.head_maps()
+        if ready is not None:  # the prompt was not read again
+            self.done += self.layers * self.prompt.tokens
         on_host = self.device.type == "cpu"  # elsewhere the clock around `plan` sees only launches
-        return dataclasses.replace(
+        row = dataclasses.replace(
             made,
-            notes=_notes(recipe, handle.notes, self.prompt.tokens, steps),
+            notes=_notes(recipe, handle.notes, self.prompt.tokens, steps) + _busy(self.device, seconds[0], cpu),
             first_token=seconds[0],
             first_token_cpu=cpu,
             tokens_per_second=1.0 / statistics.median(steps),
@@ -264,6 +271,15 @@ class _Bench:
             head_mass=mass,
             pictures=watched.pictures,
         )
+        if ready is not None and self.first is not None:  # its prefill is dense's
+            shared = ("prefill_density", "prefill_computed", "mass", "head_density", "head_mass", "pictures")
+            row = dataclasses.replace(
+                row,
+                backends=list(dict.fromkeys([*self.first.backends, *row.backends])),
+                **{name: getattr(self.first, name) for name in shared},
+            )
+        self.first = self.first or row
+        return row
 
     # ------------------------------------------------------------------ the model
     def _forward(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
@@ -286,11 +302,19 @@ class _Bench:
             cpu = cpu or time.process_time() - began_cpu
         return tokens, seconds, cpu, cache
 
-    def _forced(self, ids: Tensor, tokens: list[int]) -> Tensor:
-        """Logits fp32 `[len(tokens), vocabulary]` before each token, given the prompt and the tokens before it."""
+    def _forced(self, ids: Tensor, tokens: list[int], ready: Any) -> Tensor:
+        """Logits fp32 `[len(tokens), vocabulary]` before each token, given the prompt and the tokens before it.
+
+        `ready`: dense's cache after the prompt, for recipes whose prefill is dense; None: read the prompt.
+        """
         out, cache = [], None
-        for token in tokens:
-            logits, cache = self._forward(ids, cache)
+        for i, token in enumerate(tokens):
+            if i == 0 and ready is not None and self.logits is not None:
+                logits, cache = self.logits[0], ready.fork()
+            else:
+                logits, cache = self._forward(ids, cache)
+            if self.prefilled is None:
+                self.prefilled = cache.fork()
             out.append(logits.float())
             ids = torch.tensor([[token]], device=self.device)
         return torch.stack(out)
@@ -354,6 +378,14 @@ def _notes(recipe: Recipe, said: list[str], tokens: int, steps: list[float]) -> 
         extra = steps[0] - statistics.median(steps[1:])
         notes.append(f"the first decode step compresses the cache, once: {1000 * max(0.0, extra):.0f} ms longer")
     return notes
+
+
+def _busy(device: torch.device, wall: float, cpu: float) -> list[str]:
+    """A warning when others took the cores during the timed prefill."""
+    share = cpu / (wall * torch.get_num_threads())
+    if device.type != "cpu" or wall < 1.0 or share > BUSY:
+        return []
+    return [f"other work was running: this process got {share:.0%} of its {torch.get_num_threads()} cores; speeds mislead"]
 
 
 # ---------------------------------------------------------------------- facts

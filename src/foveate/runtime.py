@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .cache import LayerCache
+from .combine import sink_logit
 from .errors import UnsupportedError
 from .kernels.dispatch import attend
 from .layout import Layout, Parts
-from .merge import sink_logit
 from .methods.base import AttnInput, Method, Rope, Selection, State
 from .recipe import Recipe
 

@@ -11,10 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..combine import join_lse, merge
 from ..errors import ConfigError, ShapeError, UnsupportedError, nearest
 from ..kv import KV
 from ..layout import Layout, Parts
-from ..merge import join_lse, merge
 from . import sdpa, torch_gather
 from .base import Want
 

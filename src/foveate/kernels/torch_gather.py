@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..combine import merge
 from ..kv import KV
 from ..layout import Layout
-from ..merge import merge
 from . import torch_decode
 from .base import Want
 from .chunks import Chunk, Rows, Segment, Work

@@ -149,4 +149,6 @@ def summary(comparison: Comparison) -> str:
     same = "that give the same answer" if dense.answered else "compared"
     if not parts:
         return f"Of the recipes {same}, none is faster or smaller than dense here."
-    return f"Of the recipes {same}, {'; '.join(parts)}."
+    busy = any("other work was running" in note for row in comparison.rows for note in row.notes)
+    doubt = " Other work was running on this machine, so speeds mislead." if busy else ""
+    return f"Of the recipes {same}, {'; '.join(parts)}.{doubt}"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate import KV, Layout, attend, merge
-from foveate.merge import join_lse, sink_logit
+from foveate.combine import join_lse, sink_logit
 from tests.drive import qkv
 
 quick = settings(max_examples=30, deadline=None)
