@@ -11,7 +11,7 @@ TOKENS ?= 7000
 demo: install
 	@command -v $${CXX:-g++} >/dev/null 2>&1 || command -v clang++ >/dev/null 2>&1 || \
 	  echo "No C++ compiler found: the compiled backend (flex) is off and the slower torch backend runs instead."
-	$(BIN)/foveate compare --model $(MODEL) --tokens $(TOKENS) --report report
+	$(BIN)/foveate compare --model $(MODEL) --tokens $(TOKENS) --report report --json report/compare.json
 
 test: install-dev
 	$(BIN)/python -m pytest -q

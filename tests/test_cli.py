@@ -75,7 +75,7 @@ def test_doctor():
     got = call("doctor", "--device", "cpu", "--no-test", "--json")
     assert got.exit_code == 0, got.output
     data = json.loads(got.stdout)
-    assert data["healthy"] and data["versions"]["torch"] == torch.__version__
+    assert data["healthy"] and torch.__version__.startswith(data["versions"]["torch"])
     dense = next(s for s in data["served"] if s["sample"] == "prefill, dense")
     assert dense["backend"] == "sdpa"
     assert all(s["backend"] for s in data["served"])

@@ -116,7 +116,7 @@ def test_json_holds_every_figure_and_no_nan(result):
     data = json.loads(result[0].to_json())
     assert [r["recipe"] for r in data["rows"]] == [r.recipe for r in result[0].rows]
     assert data["rows"][2]["kl"] == result[0].rows[2].kl
-    assert data["facts"]["prompt_tokens"] == 150 and data["facts"]["versions"]["torch"] == torch.__version__
+    assert data["facts"]["prompt_tokens"] == 150 and torch.__version__.startswith(data["facts"]["versions"]["torch"])
     assert "pictures" not in data["rows"][0]
 
 

@@ -128,10 +128,11 @@ class Handle:
                 raise CacheError("past_key_values: a forward over it failed half-way; start again from a fork or a save")
             if len(given.layers) != len(self.layers):
                 raise CacheError(f"past_key_values: expected {len(self.layers)} layers, got {len(given.layers)}")
-            if given.handle is not self:  # what other methods remembered beside these entries means nothing here
-                for layer in given.layers:
+            if given.handle is None or given.handle.recipe.describe() != self.recipe.describe():
+                for layer in given.layers:  # what other methods remembered beside these entries means nothing here
                     layer.cache.forget()
-                given.handle, given.run = self, {}
+                given.run = {}
+            given.handle = self
             return given
         if given is None and not use:
             return None
