@@ -74,9 +74,9 @@ def compare_table(rows: list[dict[str, Any]]) -> str:
 
 
 def bench_title(bench: dict[str, Any]) -> str:
-    p = bench["rows"][0]["params"]
-    facts = ", ".join(f"{k} {v}" for k, v in p.items() if k in ("model", "tokens", "dtype", "threads"))
-    return f"`foveate bench {bench['bench']}` ({facts}; {bench['device']})"
+    p = bench["rows"][0]["params"] | bench.get("facts", {})
+    facts = ", ".join(f"{k} {v}" for k, v in p.items() if k in ("model", "tokens", "dtype"))
+    return f"`foveate bench {bench['bench']}` ({facts}; {bench['device']}), alternating rounds in one process"
 
 
 def end_to_end_table(bench: dict[str, Any]) -> str:
@@ -119,7 +119,7 @@ def benchmarks(found: dict[str, dict[str, Any]]) -> str:
     ]
     for stem, data in found.items():
         parts.append(f"## {stem}")
-        if "facts" in data:
+        if "bench" not in data:  # a comparison
             facts = data["facts"]
             parts.append(f"{facts['model']}, {facts['prompt']}, {facts['dtype']}, {facts['device']}, {facts['date']}.")
             parts.append(compare_table(data["rows"]))
@@ -138,7 +138,7 @@ def rows_table(rows: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
-        params = ", ".join(f"{k}={v}" for k, v in (r.get("params") or {}).items())
+        params = ", ".join(f"{k}={v}" for k, v in (r.get("params") or {}).items() if isinstance(v, (int, float, str)))
         ms = r["ms"]
         number = lambda x, form: "-" if x is None else format(x, form)  # noqa: E731
         lines.append(
