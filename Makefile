@@ -37,12 +37,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements/constraints.txt requirements/data.txt
-	$(PIP) install -q -c requirements/constraints.txt -e '.[demo]'
-	$(PIP) install -q --no-deps -r requirements/data.txt
+	$(PIP) install -q --no-warn-conflicts -c requirements/constraints.txt -e '.[demo]'
+	$(PIP) install -q --no-warn-conflicts --no-deps -r requirements/data.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q -c requirements/constraints.txt -e '.[demo,dev]'
+	$(PIP) install -q --no-warn-conflicts -c requirements/constraints.txt -e '.[demo,dev]'
 	@touch $@
 
 clean:
