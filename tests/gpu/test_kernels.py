@@ -175,7 +175,8 @@ def test_gradients():
         (out.square().sum() + torch.where(live, lse, 0.0).sum()).backward()
         grads.append((q.grad, k.grad, v.grad))
     for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(torch.nan_to_num(a), torch.nan_to_num(b), atol=1e-4, rtol=1e-3)
+        assert bool(torch.isfinite(a).all())  # autograd of the plain form gives NaN for rows without keys; ours must not
+        torch.testing.assert_close(a, torch.nan_to_num(b), atol=1e-4, rtol=1e-3)
 
 
 def test_long_factored_layout_in_pieces(monkeypatch):
