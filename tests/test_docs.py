@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,9 @@ import torch
 
 import foveate
 from foveate import registry
+from foveate.evals.frontier import write_summary
 from tests.drive import Drive, oracle, qkv
+from tests.eval_records import evaluation
 from tests.models import tiny, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +30,38 @@ def blocks(page: str) -> list[str]:
 def test_generated_pages_are_fresh():
     done = subprocess.run([sys.executable, ROOT / "scripts" / "render.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def render(tmp_path, monkeypatch):
+    """scripts/render.py over a folder of its own, with one evaluation and one comparison in it."""
+    spec = importlib.util.spec_from_file_location("render", ROOT / "scripts" / "render.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "FIGURES", tmp_path / "figures")
+    shutil.copy(ROOT / "benchmarks" / "results" / "cpu_compare.json", tmp_path / "results")
+    write_summary(evaluation(lengths=(4096,), samples=6), tmp_path / "results" / "eval_made_up.json")
+    return module
+
+
+def test_an_evaluation_is_rendered_with_its_drawing(render, tmp_path):
+    pages = render.render()
+    page, figure = pages[ROOT / "BENCHMARKS.md"], tmp_path / "figures" / "eval_made_up.svg"
+    assert "## eval_made_up" in page and "Protocol unseen:" in page and "| ruler/easy |" in page
+    assert "](benchmarks/figures/eval_made_up.svg)" in page and pages[figure].startswith("<svg")
+    assert "## cpu_compare\n" in page and "holds the fact" in page  # the others are rendered as before
+
+
+def test_a_drawing_is_redone_only_when_its_figures_change(render, tmp_path):
+    figure = tmp_path / "figures" / "eval_made_up.svg"
+    figure.parent.mkdir()
+    made = render.render()[figure]
+    figure.write_text(made.replace("<svg", "<svg data-by='another matplotlib'", 1))
+    assert render.render()[figure] == figure.read_text()  # same figures: what is there is fresh
+    write_summary(evaluation(lengths=(4096,), samples=7), tmp_path / "results" / "eval_made_up.json")
+    assert render.render()[figure] not in (made, figure.read_text())
 
 
 @torch.no_grad()

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from .errors import ConfigError, FoveateError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from .prompts import Prompt
-
-DEBUG = "foveate.debug"  # key in the click context
+from .errors import FoveateError
+from .evals import cli as evals
+from .options import (
+    DEBUG,
+    Backend,
+    Debug,
+    Device,
+    Dtype,
+    JsonFile,
+    Many,
+    Model,
+    NewTokens,
+    One,
+    PromptFile,
+    Seed,
+    Tokens,
+    check_output,
+    lengths_of,
+    load_model,
+    names_of,
+    prompt_of,
+    recipes_of,
+    write_json,
+)
 
 
 class OneLine(TyperGroup):
@@ -75,16 +90,6 @@ def _complain(text: str) -> None:
     print("foveate: " + " ".join(text.split()), file=sys.stderr)
 
 
-def _set_debug(ctx: typer.Context, value: bool) -> bool:
-    if value:
-        import logging
-
-        ctx.meta[DEBUG] = True
-        logging.basicConfig(level=logging.WARNING)
-        logging.getLogger("foveate").setLevel(logging.DEBUG)
-    return value
-
-
 app = typer.Typer(
     cls=OneLine,
     no_args_is_help=True,
@@ -95,29 +100,6 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure speed; every command writes JSON with device, versions and spread.")
 app.add_typer(bench, name="bench")
-
-# ---------------------------------------------------------------------- options that several commands share
-Model = Annotated[
-    str, typer.Option(help="A Hugging Face id or folder, a .gguf file, or smollm2 (comes with the demo extra).")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32; auto times one product on the CPU and chooses.")]
-Seed = Annotated[int, typer.Option(help="Order of the essays and choice of the sampled rows.")]
-Backend = Annotated[str, typer.Option(help="Kernel backend by name; auto takes the best that can (see doctor).")]
-PromptFile = Annotated[str | None, typer.Option("--prompt", "-p", help="A text file, or - for standard input.")]
-Tokens = Annotated[
-    int | None, typer.Option(help="Length of the built-in prompt: essays with a planted fact (7000 if not given).")
-]
-JsonFile = Annotated[str | None, typer.Option("--json", help="Write every figure to this file (- for standard output).")]
-NewTokens = Annotated[int, typer.Option(help="Tokens to generate.")]
-Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show tracebacks.")]
-One = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--recipe", "-r", help="A recipe, such as flexprefill@8k or flexprefill@8k+quest+cache=snapkv; repeatable."
-    ),
-]
-Many = Annotated[str | None, typer.Option(help="Several recipes, separated by semicolons.")]
 
 
 @app.command()
@@ -139,18 +121,18 @@ def compare(
     """Run dense attention and several recipes on one prompt: speed, memory, agreement, and a report with pictures."""
     from .recipe import Recipe
 
-    asked = _recipes(recipe, recipes)
+    asked = recipes_of(recipe, recipes)
     for text in asked:  # a typing error must not cost the time to load a model
         Recipe.of(text)
-    _check_output(json_file, report)
+    check_output(json_file, report)
     from .report.console import stderr
 
     out = stderr()
-    net, tokenizer = _load(model, device, dtype, out)
+    net, tokenizer = load_model(model, device, dtype, out)
     from .measure import DEFAULT_RECIPES, compare
     from .report.console import progress
 
-    made = _prompt(tokenizer, prompt, tokens, seed)
+    made = prompt_of(tokenizer, prompt, tokens, seed)
     with progress(out) as tick:
         result = compare(
             net,
@@ -170,7 +152,7 @@ def compare(
         print_comparison(result)
         print(summary(result))
     if json_file is not None:
-        _write_json(json_file, result.to_json())
+        write_json(json_file, result.to_json())
     page = write(result, report, command=["foveate", *sys.argv[1:]])
     out.print(f"report: {page}", highlight=False, soft_wrap=True)
     if any(row.error for row in result.rows):
@@ -198,14 +180,14 @@ def run(
     from .report.console import stderr
 
     out = stderr()
-    net, tokenizer = _load(model, device, dtype, out)
+    net, tokenizer = load_model(model, device, dtype, out)
     from transformers import TextStreamer
 
     from .adapters.transformers import use
     from .prompts import check_fits
     from .report.table import seconds, size
 
-    made = _prompt(tokenizer, prompt, tokens, seed)
+    made = prompt_of(tokenizer, prompt, tokens, seed)
     check_fits(made, getattr(net.get_decoder().config, "max_position_embeddings", None), new_tokens)
     stamps = [time.perf_counter()]
 
@@ -320,9 +302,9 @@ def bench_kernels(
     from .report.console import progress, stderr
 
     where = pick_device(device)
-    shapes = kernels.default_shapes(where, _lengths(lengths))
+    shapes = kernels.default_shapes(where, lengths_of(lengths))
     with progress(stderr()) as tick:
-        options: dict[str, Any] = dict(cases=_names(cases), impls=_names(against), rounds=rounds, budget=budget)
+        options: dict[str, Any] = dict(cases=names_of(cases), impls=names_of(against), rounds=rounds, budget=budget)
         result = kernels.run(device=where, shapes=shapes, progress=tick, **options)
     _emit(result, kernels.table(result), json_file)
 
@@ -380,17 +362,17 @@ def _bench_model(
 ) -> None:
     from .recipe import Recipe
 
-    asked = _recipes(recipe, recipes)
+    asked = recipes_of(recipe, recipes)
     for text in asked:
         Recipe.of(text)
     from .report.console import stderr
 
     out = stderr()
-    net, tokenizer = _load(model, device, dtype, out)
+    net, tokenizer = load_model(model, device, dtype, out)
     from .bench import end_to_end
     from .report.console import progress
 
-    made = _prompt(tokenizer, None, tokens, seed)
+    made = prompt_of(tokenizer, None, tokens, seed)
     options: dict[str, Any] = dict(rounds=rounds, backend=None if backend == "auto" else backend, name=model)
     with progress(out) as tick:
         if what == "prefill":
@@ -403,76 +385,12 @@ def _bench_model(
 def _emit(result: dict[str, Any], text: str, json_file: str | None) -> None:
     """Print a benchmark as text, and write its result file if asked."""
     if json_file is not None:
-        _write_json(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        write_json(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if json_file != "-":
         print(text)
 
 
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _lengths(text: str | None) -> list[int] | None:
-    names = _names(text)
-    try:
-        return None if names is None else [int(name) for name in names]
-    except ValueError as err:
-        raise ConfigError(f"lengths: expected whole numbers separated by commas, got {text!r}") from err
-
-
-# ---------------------------------------------------------------------- helpers
-def _recipes(one: list[str] | None, many: str | None) -> list[str]:
-    found = [*(one or []), *(many or "").split(";")]
-    cleaned = [text.strip() for text in found if text.strip()]
-    if not cleaned and (one or many):
-        raise ConfigError("recipes: expected at least one recipe; foveate methods lists the parts")
-    return cleaned
-
-
-def _load(model: str, device: str, dtype: str, out: Console) -> tuple[Any, Any]:
-    with out.status(f"loading {model}") as status:
-        from .models import load
-
-        return load(model, device=device, dtype=dtype, say=status.update)
-
-
-def _prompt(tokenizer: Any, file: str | None, tokens: int | None, seed: int) -> Prompt:
-    from .prompts import needle_prompt, text_prompt
-
-    if file is None:
-        return needle_prompt(tokenizer, 7000 if tokens is None else tokens, seed=seed)
-    if tokens is not None:
-        raise ConfigError("tokens: sets the length of the built-in prompt; leave it out with --prompt")
-    if file == "-":
-        return text_prompt(tokenizer, sys.stdin.read(), "standard input")
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise ConfigError(f"prompt: {file} is not UTF-8 text (byte {err.start})") from err
-    except OSError as err:
-        raise ConfigError(f"prompt: cannot read {file}: {err.strerror}") from err
-    return text_prompt(tokenizer, text, Path(file).name)
-
-
-def _check_output(json_file: str | None, report: Path) -> None:
-    """Complain about unusable places before minutes of work, not after."""
-    if report.exists() and not report.is_dir():
-        raise ConfigError(f"report: {report} is a file; give a folder")
-    if json_file not in (None, "-") and Path(json_file or "").is_dir():
-        raise ConfigError(f"json: {json_file} is a folder; give a file")
-    for place in [report, *([Path(json_file).parent] if json_file not in (None, "-") and json_file else [])]:
-        near = next(p for p in (place, *place.absolute().parents) if p.exists())
-        if not os.access(near, os.W_OK):
-            raise ConfigError(f"cannot write below {near}: permission denied")
-
-
-def _write_json(path: str, text: str) -> None:
-    if path == "-":
-        print(text, end="")
-        return
-    from .report.files import write_atomic
-
-    write_atomic(path, text)
+evals.register(app)
 
 
 def main() -> None:

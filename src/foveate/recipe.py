@@ -90,6 +90,12 @@ class Recipe:
     def evicts(self) -> bool:
         return self.cache is not None and self.cache.id != "dense"  # type: ignore[union-attr]
 
+    @property
+    def decode_only(self) -> bool:
+        """Nothing of this recipe is to be seen in a single forward over a text: that is dense attention."""
+        plain = [m is None or m.id == "dense" for m in (self.prefill, self.decode, self.heads)]  # type: ignore[union-attr]
+        return plain[0] and plain[2] and (not plain[1] or self.evicts)
+
     def describe(self) -> str:
         """Every role with every hyperparameter."""
         return " + ".join(f"{r}={m.describe()}" for r in (*ROLES, "heads") if (m := getattr(self, r)) is not None) or "dense"

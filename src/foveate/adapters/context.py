@@ -135,6 +135,11 @@ class ContextCache(Cache):
             raise
         return self
 
+    def skip_compression(self) -> None:
+        """Leave the tokens since the last compression as they are: a question about a context compressed before it."""
+        for layer in self.layers:
+            layer.cache.pending = False
+
     def fork(self) -> ContextCache:
         """An independent copy, for asking several questions about one context."""
         layers = []

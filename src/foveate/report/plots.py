@@ -10,7 +10,7 @@ from ..diagnosis import Picture
 from ..measure import Comparison, Row
 
 PALETTE = ("#8a8f98", "#4c78a8", "#e07b28", "#3f9b57", "#c8474f", "#9467a8", "#8c6a4f", "#2f9a9a", "#b5a21e", "#d16ba5")
-INK, FAINT = "#010203", "#040506"  # stand for the page's CSS variables, see _svg
+INK, FAINT = "#010203", "#040506"  # stand for the page's CSS variables, see svg
 BLUE, ORANGE = (0x3B, 0x76, 0xB5), (0xE0, 0x6A, 0x1B)
 FULL = 0.25  # attention mass of a cell that is drawn at full strength
 
@@ -30,7 +30,7 @@ def available() -> bool:
 def speed_against_agreement(comparison: Comparison) -> str:
     """Two panels, first token and decode: speed relative to dense against KL from dense. Top right is best. SVG."""
     dense, rows = comparison.dense, [(i, r) for i, r in enumerate(comparison.rows) if r.error is None]
-    figure, axes = _subplots(1, 2, (9.6, 3.4))
+    figure, axes = subplots(1, 2, (9.6, 3.4))
     panels = (
         ("first token", [(i, _ratio(dense.first_token, r.first_token), r.kl) for i, r in rows]),
         ("decode", [(i, _ratio(r.tokens_per_second, dense.tokens_per_second), r.kl) for i, r in rows]),
@@ -50,7 +50,7 @@ def speed_against_agreement(comparison: Comparison) -> str:
             axis.annotate(text, (x, y), xytext=(8, -3), textcoords="offset points", color=INK, fontsize=9)
         axis.set_xlabel(f"speed of the {title}, dense = 1")
         axis.set_ylabel("KL from dense (nats), better upwards")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _clusters(points: list[tuple[int, float, float]], width: float) -> list[tuple[float, float, str]]:
@@ -73,7 +73,7 @@ def _close(a: float, b: float) -> bool:
 def kv_bars(comparison: Comparison) -> str:
     """Bytes of every row's cache. SVG."""
     rows = [(i, r) for i, r in enumerate(comparison.rows) if r.kv_bytes is not None]
-    figure, (axis,) = _subplots(1, 1, (9.6, 0.5 + 0.34 * len(rows)))
+    figure, (axis,) = subplots(1, 1, (9.6, 0.5 + 0.34 * len(rows)))
     values = [(r.kv_bytes or 0) / 2**20 for _, r in rows]
     places = list(range(len(rows)))
     axis.barh(places, values, color=[colour(i) for i, _ in rows], height=0.62, zorder=3)
@@ -85,7 +85,7 @@ def kv_bars(comparison: Comparison) -> str:
     axis.set_xlim(0, 1.12 * max([*values, 1e-9]))
     axis.set_xlabel("MiB allocated")
     axis.grid(axis="y", visible=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def head_map(values: list[list[float]]) -> str:
@@ -124,7 +124,8 @@ def _over(computed: float, missed: float) -> tuple[float, float, float, float]:
 
 
 # ---------------------------------------------------------------------- matplotlib
-def _subplots(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Any]:
+def subplots(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Any]:
+    """(figure, its axes row by row) in the page's style; `inches` is width and height."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -146,11 +147,12 @@ def _subplots(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any
     }
     with rc_context(style):
         figure = Figure(figsize=inches, layout="constrained")  # no pyplot: no global state, no display
-        axes = figure.subplots(rows, columns, squeeze=False)[0]
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """The figure as SVG text whose inks and font are the page's CSS variables."""
     from matplotlib import rc_context
 
     out = io.StringIO()

@@ -1,0 +1,91 @@
+"""The committed evaluation of one model: which tasks dense attention can do, then every recipe on those.
+
+    python benchmarks/eval_run.py --model smollm2 --lengths 2048,4096,8192 --out FOLDER [--minutes 9]
+
+First dense answers a few samples of every task. Tasks it does at 60 % or more get all recipes and all samples, under the
+protocol "seen" and, for recipes with a cache policy, "unseen". Cost and running text come before them. The folder can be
+resumed; when the time is over what is there stays, and `foveate frontier --out FOLDER --summary FILE` makes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from foveate.errors import FoveateError
+from foveate.evals import cells
+from foveate.evals.results import COUNTS, Results
+from foveate.evals.runner import run
+from foveate.evals.suites import SUITES, tasks_of
+from foveate.evals.text import Source
+from foveate.measure import DEFAULT_RECIPES
+from foveate.models import load
+from foveate.recipe import Recipe
+
+EVICTING = ("snapkv@8k", "expected_attention@8k", "streaming_llm@8k")
+
+
+class TimeOver(Exception):
+    pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--recipes", default=";".join(dict.fromkeys([*DEFAULT_RECIPES, *EVICTING])))
+    parser.add_argument("--lengths", default="2048,4096,8192")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--screen", type=int, default=20, help="samples of the first look at what dense can do")
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tokens", type=int, default=800_000, help="tokens of a batch")
+    parser.add_argument("--tasks", help="only these, separated by commas")
+    args = parser.parse_args()
+    model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, say=print)
+    source, began = Source.of(), time.monotonic()
+    every = [t for s in SUITES for t in tasks_of(s) if t.needs(source) is None]
+    wanted = [t.name for t in every if args.tasks is None or t.name in args.tasks.split(",")]
+    recipes = [r for r in args.recipes.split(";") if r]
+    shown = ""
+
+    def progress(what: str, share: float) -> None:
+        nonlocal shown
+        if time.monotonic() - began > 60 * args.minutes:
+            raise TimeOver
+        if what != shown:
+            print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
+            shown = what
+
+    def go(length: int, tasks: list[str], recipes: list[str], samples: int, **options: object) -> None:
+        batch = max(1, min(100, args.tokens // length))
+        try:
+            run(model, tokenizer, out=args.out, name=args.model, source=source, recipes=recipes, suites=tasks, looks=1,
+                lengths=[length], samples=samples, batch=batch, progress=progress, say=print, **options)  # fmt: skip
+        except FoveateError as err:  # one length's trouble must not cost the others
+            print(f"{length}: {err}", file=sys.stderr, flush=True)
+
+    try:
+        for length in (int(n) for n in args.lengths.split(",")):
+            go(length, ["perplexity", "agreement"], recipes, args.samples, rounds=3)
+            for task in wanted:
+                go(length, [task], ["dense"], args.screen, rounds=0)
+            good = [
+                c.task for c in cells(Results.load(args.out))
+                if c.length == length and c.recipe == "dense" and c.protocol == "seen" and c.mean >= COUNTS
+            ]  # fmt: skip
+            print(f"{length}: dense does {', '.join(good) or 'nothing'}", flush=True)
+            for task in good:
+                go(length, [task], recipes, args.samples, rounds=0)
+            unseen = [r for r in recipes if Recipe.of(r).evicts]
+            for task in good:
+                go(length, [task], ["dense", *unseen], args.samples, rounds=0, protocols=["unseen"])
+    except TimeOver:
+        print("the time is over; the rest is not measured", flush=True)
+
+
+if __name__ == "__main__":
+    main()
