@@ -46,6 +46,20 @@ class Quest(Method):
         if bounds is None or bounds.page != self.page:
             bounds = state.layer["quest.bounds"] = Bounds(self.page)
         bounds.update(x.kv)
+        if x.kv.bias is None and x.kv.pos is None:
+            tiles, count = bounds.top(x.q, x.kv, keep, group=self.share == "group")
+        else:
+            tiles, count = self._among_evicted(bounds, x, keep, pages)
+        return Layout(
+            x.shape,
+            tile_width=self.page,
+            q_pos=x.layout_pos(),
+            tiles=tiles[:, :, None],
+            tile_count=count[:, :, None],
+        )
+
+    def _among_evicted(self, bounds: Bounds, x: AttnInput, keep: int, pages: int) -> tuple[Tensor, Tensor]:
+        """`Bounds.top` where entries carry weights or stand in no order of position."""
         score, valid = bounds.score(x.q), None  # [B, G, r, pages]
         if x.kv.bias is not None:  # bounds of logits with their entry weights
             top = self._page_bias(x.kv.bias, pages)
@@ -65,13 +79,7 @@ class Quest(Method):
         forced = forced.expand(score.shape).flatten(1, 2)
         valid = None if valid is None else valid.expand(score.shape).flatten(1, 2)
         index, count = top_indices(score.flatten(1, 2), keep, valid=valid, forced=forced)
-        return Layout(
-            x.shape,
-            tile_width=self.page,
-            q_pos=x.layout_pos(),
-            tiles=(index * self.page)[:, :, None],
-            tile_count=count[:, :, None],
-        )
+        return index * self.page, count
 
     def _page_bias(self, bias: Tensor, pages: int) -> Tensor:
         """The highest entry bias of each page, `[B, G, pages]`."""

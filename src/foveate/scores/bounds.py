@@ -5,11 +5,17 @@ Tang et al. 2024, "Quest: Query-Aware Sparsity for Efficient Long-Context LLM In
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from ..errors import ShapeError
 from ..kv import KV
+from ..select import top_indices
 
 
 class Bounds:
@@ -31,6 +37,13 @@ class Bounds:
         m, pages = kv.capacity, -(-kv.capacity // self.page)
         if self.data is not None and tuple(self.data.shape[:2]) != kv.shape[:2]:
             raise ShapeError(f"kv: expected the {list(self.data.shape[:2])} rows and kv heads these bounds were built for")
+        if kv.len is None and self.len is None and kv.pos is None and self.done == m and self.data is not None:
+            return
+        if (kernels := self._steady(kv)) is not None:
+            self._reserve(kv, pages)
+            kernels.update(kv, self.data, self.page, self.done if self.len is None else self.len)
+            self.done = m
+            return
         start: int | None = 0  # first page to read again; None: the last page of every row and head
         if kv.len is None and self.len is None and self.done < m:
             start = self.done // self.page
@@ -43,7 +56,7 @@ class Bounds:
             self._last(kv)
         else:
             self._fill(kv, start, pages)
-        self.done, self.len = m, kv.len
+        self.done, self.len = m, None if kv.len is None else kv.len.clone(memory_format=torch.contiguous_format)
 
     def score(self, q: Tensor) -> Tensor:
         """Upper bound of q . k over each page: `[B, G, r, pages]` for q `[B, H, 1, D]`, unscaled, in the dtype of q.
@@ -57,6 +70,31 @@ class Bounds:
         split = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
         return split @ self.data[:, :, : -(-self.done // self.page)].transpose(-1, -2)
 
+    def top(self, q: Tensor, kv: KV, keep: int, *, group: bool) -> tuple[Tensor, Tensor]:
+        """First entries of the `keep` pages of highest bound, the page of the newest entry among them.
+
+        For views in text order. `group` ranks by the highest bound of the query heads of a kv head. Ties go to the lower
+        page. On a GPU two kernels do this, with scores in fp32; nothing waits for the device.
+
+        Returns:
+            (int32 `[B, G or H, min(keep, pages)]`, ascending, padded with the row's last; counts int32 `[B, G or H]`).
+        """
+        assert self.data is not None
+        pages = -(-self.done // self.page)
+        if (kernels := _kernels(q)) is not None:
+            score = kernels.score(q, self.data, pages, self.page, kv.len, group=group)
+            return kernels.select(score, keep, self.page, kv.len)
+        score = self.score(q)
+        score = score.amax(2) if group else score.flatten(1, 2)
+        number = torch.arange(pages, device=q.device)
+        if kv.len is None:
+            index, count = top_indices(score, keep, forced=number == pages - 1)
+        else:
+            last = (kv.lengths() - 1)[..., None] // self.page
+            last = last.repeat_interleave(score.shape[1] // last.shape[1], 1)
+            index, count = top_indices(score, keep, valid=number <= last, forced=number == last)
+        return index * self.page, count
+
     # ------------------------------------------------------------------ with the cache
     def truncate(self, n: int) -> None:
         self.done = max(0, self.done - n)
@@ -65,7 +103,7 @@ class Bounds:
     def fork(self) -> Bounds:
         out = Bounds(self.page)
         out.data = None if self.data is None else self.data.clone()
-        out.done, out.len = self.done, self.len
+        out.done, out.len = self.done, None if self.len is None else self.len.clone()
         return out
 
     def reorder(self, index: Tensor) -> None:
@@ -75,6 +113,15 @@ class Bounds:
             self.len = self.len.index_select(0, index.to(self.len.device))
 
     # ------------------------------------------------------------------ inside
+    def _steady(self, kv: KV) -> ModuleType | None:
+        """The kernels, where they can bring these bounds up to date by themselves: a few new entries in text order.
+
+        They compare lengths on the device, where the code below would wait for it; long pieces are better read in parallel.
+        """
+        few = self.data is not None and 0 <= kv.capacity - self.done <= 64 * self.page
+        same = (kv.len is None) == (self.len is None) and kv.pos is None and kv.kind != "ragged"
+        return _kernels(kv.k) if few and same else None
+
     def _same(self, lengths: Tensor | None) -> bool:
         if lengths is None or self.len is None:
             return lengths is self.len
@@ -123,3 +170,19 @@ class Bounds:
         if kv.kind == "dense":
             return kv.k.gather(2, entries[..., None].expand(-1, -1, -1, kv.k.shape[-1]))
         return kv.flat()[0][kv.rows(entries)]
+
+
+def _kernels(t: Tensor) -> ModuleType | None:
+    """The Triton kernels of these scores if they compute on tensors like t; never imported without a device for them."""
+    if t.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    module = _module()
+    return module if module is not None and module.usable(t) else None
+
+
+@functools.cache
+def _module() -> ModuleType | None:
+    try:
+        return importlib.import_module("..kernels.triton.paging_launch", __package__)
+    except ImportError:
+        return None

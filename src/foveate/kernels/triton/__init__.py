@@ -4,7 +4,7 @@ The kernel (`walk.attend`) reads lists as they are: tiles of any width, single e
 kernel. Columns beside diagonals are compacted per query block first, in pieces of at most `SCRATCH` bytes. When a call
 has too few tiles of query rows to fill the device (decode), several programs share one tile's keys and a second kernel
 reduces them. Nothing waits for the device. Query heads that share their lists share a tile, so that K and V are read
-once per kv head.
+once per kv head. One query a row over nothing but tiles (Quest and its kin) takes a shorter way: `paging.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from ...kv import KV
 from ...layout import RULE_FIELDS, Layout
 from ..base import Want
-from . import walk
+from . import paging_launch, walk
 from .config import config, device, rows_limit
 
 NAME = "triton"
@@ -60,6 +60,8 @@ def forward(
     _, g, m, _, dv = kv.shape
     if scale < 0:  # the kernel scales the maximum of a row, which needs a scale above 0
         q, scale = -q, -scale
+    if paging_launch.serves(q, kv, layout, softcap):
+        return *paging_launch.attend(q, kv, layout, scale, want.lse), None
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, kv.k, kv.v))
     d_pad, dv_pad = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
     shared, cores = device(q.device.index if q.device.type == "cuda" else None)

@@ -1,0 +1,140 @@
+"""Problems for the decode kernels over pages, on any device; judged by `select`, `Bounds` and the oracle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+import foveate
+from foveate.kernels.triton import paging_launch as kernels
+from foveate.kv import KV
+from foveate.layout import Layout
+from foveate.methods.base import AttnInput, State
+from foveate.methods.quest import Quest
+from foveate.scores.bounds import Bounds
+from foveate.select import top_indices
+from tests.kernel_cases import poison
+
+NAN = float("nan")
+SIZES = [(1, 16, 64), (3, 16, 64), (4, 64, 64), (8, 16, 128), (4, 16, 128), (2, 32, 96)]  # query heads a group, page, D
+
+
+def problem(r=4, d=64, lens=((150, 150), (7, 7)), kind="dense", dtype=torch.float32, device="cpu", seed=0, g=2, spare=37):
+    """q `[B, H, 1, D]` and a view of rows with these lengths (None: 150 everywhere), NaN in every unused slot."""
+    gen = torch.Generator().manual_seed(seed)
+    b = 2 if lens is None else len(lens)
+    m = 150 if lens is None else max(max(row) for row in lens) + spare
+    draw = lambda *shape: torch.randn(*shape, generator=gen).to(dtype)  # noqa: E731
+    q, k, v = draw(b, g * r, 1, d), draw(b, g, m, d), draw(b, g, m, d)
+    if lens is None:
+        return q.to(device), KV.dense(k.to(device), v.to(device))
+    length = torch.tensor(lens, dtype=torch.int32)
+    dead = (torch.arange(m) >= length[..., None])[..., None]
+    k, v = k.masked_fill(dead, NAN), v.masked_fill(dead, NAN)
+    if kind == "dense":
+        return q.to(device), KV.dense(k.to(device), v.to(device), len=length.to(device))
+    page = 64  # of the pool, whatever the pages of the bounds
+    n = -(-m // page)
+    table = torch.randperm(b * g * n, generator=gen).view(b, g, n).int()
+    pools = []
+    for t in (k, v):
+        pool = torch.full((b * g * n, page, d), NAN, dtype=dtype)
+        whole = torch.nn.functional.pad(t, (0, 0, 0, n * page - m), value=NAN)
+        pool[table.flatten().long()] = whole.view(b * g * n, page, d)
+        pools.append(pool.to(device))
+    return q.to(device), KV.paged(*pools, table.to(device), length.to(device))
+
+
+def plain(kv: KV, page: int) -> Bounds:
+    """Bounds by the plain code of `scores/bounds.py`, kernels aside."""
+    out = Bounds(page)
+    out._steady = lambda kv: None  # type: ignore[method-assign]
+    out.update(kv)
+    return out
+
+
+def live_pages(kv: KV, page: int):
+    return torch.arange(-(-kv.capacity // page), device=kv.device) * page < kv.lengths()[..., None]
+
+
+def check_score(q, kv, page, tolerance):
+    bounds, r = plain(kv, page), q.shape[1] // kv.shape[1]
+    live = live_pages(kv, page)
+    data = bounds.data.clone()
+    data[:, :, : live.shape[2]][~live] = NAN  # what unused pages hold must not reach others
+    want = bounds.data.float(), q.float()
+    exact = Bounds(page)
+    exact.data, exact.done = want[0], kv.capacity
+    want = exact.score(want[1])
+    for group in (True, False):
+        got = kernels.score(q, data, live.shape[2], page, kv.len, group=group)
+        expect = want.amax(2) if group else want.flatten(1, 2)
+        mask = live if group else live.repeat_interleave(r, 1)
+        assert got.shape == expect.shape and got.dtype == torch.float32
+        torch.testing.assert_close(got[mask], expect[mask], atol=tolerance, rtol=1e-5)
+
+
+def check_select(score, keep, width, length):
+    """The kernel's choice is `top_indices` of the same scores with the newest page forced, index by index."""
+    pages = score.shape[-1]
+    number = torch.arange(pages, device=score.device)
+    if length is None:
+        want, count = top_indices(score, keep, forced=number == pages - 1)
+    else:
+        last = ((length.long() - 1) // width).repeat_interleave(score.shape[1] // length.shape[1], 1)[..., None]
+        want, count = top_indices(score, keep, valid=number <= last, forced=number == last)
+    tiles, got = kernels.select(score, keep, width, length)
+    assert torch.equal(got, count) and torch.equal(tiles, want * width)
+
+
+def random_tiles(kv: KV, heads: int, width: int, keep: int, seed: int, overlap: bool = False):
+    """Ascending tiles within each row's length, counts that differ, junk beyond them."""
+    gen = torch.Generator().manual_seed(seed)
+    b, g, m, _, _ = kv.shape
+    length = kv.lengths().cpu()
+    tiles, count = torch.full((b, heads, 1, keep), 2**28, dtype=torch.int32), torch.zeros(b, heads, 1, dtype=torch.int32)
+    for i in range(b):
+        for h in range(heads):
+            n = int(length[i, h * g // heads])
+            starts = torch.arange(0, n, width)
+            if overlap:
+                starts = starts + torch.randint(0, width, (len(starts),), generator=gen)
+            pick = torch.randperm(len(starts), generator=gen)[:keep].sort().values
+            pick = pick[: int(torch.randint(1, len(pick) + 1, (1,), generator=gen))] if (i + h) % 3 else pick
+            tiles[i, h, 0, : len(pick)], count[i, h, 0] = starts[pick].int(), len(pick)
+    return tiles.to(kv.device), count.to(kv.device)
+
+
+def check_attend(q, kv, tiles, count, width, tolerance):
+    """The short way equals the oracle on the same lists, in fp32; returns (out, lse)."""
+    b, h, _, d = q.shape
+    layout = Layout((b, h, 1, kv.capacity), tile_width=width, tiles=tiles, tile_count=count)
+    assert kernels.serves(q, kv, layout, 0.0)
+    exact = replace(kv, k=kv.k.float(), v=kv.v.float())
+    want, want_lse = foveate.attend(q.float(), exact, layout, backend="reference", return_lse=True)
+    with poison():  # torch.empty holds NaN
+        out, lse = kernels.attend(q, kv, layout, 1 / math.sqrt(d), True)
+    dead = want_lse == float("-inf")
+    assert torch.equal(lse == float("-inf"), dead)
+    torch.testing.assert_close(lse[~dead], want_lse[~dead], atol=max(2e-5, tolerance), rtol=1e-5)
+    torch.testing.assert_close(out.float(), want, atol=tolerance, rtol=0)
+    return out, lse
+
+
+def check_quest(q, kv, page, budget, tolerance, share):
+    """A planned step through `Quest` and `attend` equals the oracle on the layout it reports; pages are the plain code's."""
+    x = AttnInput(q, kv, "decode", 2, 4, 1 / math.sqrt(q.shape[-1]), q_pos=kv.lengths().amax(1)[:, None] - 1)
+    layout = Quest(page=page, budget=budget, share=share).plan(x, State())
+    assert layout is not None
+    bounds = Bounds(page)
+    bounds.data, bounds.done = plain(kv, page).data.float(), kv.capacity
+    score = bounds.score(q.float())
+    score = score.amax(2) if share == "group" else score.flatten(1, 2)
+    number = torch.arange(score.shape[-1], device=q.device)
+    last = ((kv.lengths() - 1) // page).repeat_interleave(score.shape[1] // kv.shape[1], 1)[..., None]
+    want, count = top_indices(score, budget // page, valid=number <= last, forced=number == last)
+    assert torch.equal(layout.tiles[:, :, 0], want * page) and torch.equal(layout.tile_count[:, :, 0], count)
+    check_attend(q, kv, layout.tiles, layout.tile_count, page, tolerance)
+    return layout

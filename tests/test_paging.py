@@ -1,0 +1,236 @@
+"""The decode kernels over pages: in Triton's interpreter (a process of its own, see `test_triton.py`) and compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_in_the_interpreter():
+        pytest.importorskip("triton")
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        here = Path(__file__)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here)]
+        done = subprocess.run(command, env=env, cwd=here.parents[1], capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+    def test_no_triton_without_a_device():
+        """Planning on the CPU never imports Triton."""
+        code = (
+            "import sys, torch; from foveate.kv import KV; from foveate.scores.bounds import Bounds; b = Bounds(16);"
+            "k = torch.randn(1, 2, 100, 8); kv = KV.dense(k, k); b.update(kv); b.top(k[:, :, :1], kv, 3, group=True);"
+            "assert 'triton' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+else:
+    from foveate.kernels import triton as backend
+    from foveate.kernels.triton import paging_launch as kernels
+    from foveate.kv import KV
+    from foveate.layout import Layout
+    from tests import paging_cases as cases
+    from tests.paging_cases import NAN, SIZES, problem
+
+    LENGTHS = [None, ((150, 150), (7, 7)), ((64, 31), (1, 128))]
+
+    # ------------------------------------------------------------------ scores
+    @pytest.mark.parametrize("r,page,d", SIZES)
+    def test_scores(r, page, d):
+        for lens in LENGTHS:
+            q, kv = problem(r, d, lens)
+            cases.check_score(q, kv, page, 2e-5)
+
+    def test_scores_in_half_precision():
+        """Products of fp16 numbers are exact in fp32: the only error is that of the sum."""
+        cases.check_score(*problem(4, 64, LENGTHS[1], dtype=torch.float16), 16, 1e-4)
+
+    def test_scores_over_many_steps(monkeypatch):
+        monkeypatch.setattr(kernels, "PAGES", 16)
+        monkeypatch.setattr(kernels, "device", lambda index: (99 * 1024, 1))
+        kernels._score_plan.cache_clear()
+        for steps in (1, 3, 8):
+            monkeypatch.setattr(kernels, "STEPS", steps)
+            cases.check_score(*problem(2, 32, ((700, 900),)), 16, 2e-5)
+        kernels._score_plan.cache_clear()
+
+    # ------------------------------------------------------------------ selection
+    def scores(pages, seed=0, ties=True, rows=4):
+        x = torch.randn(2, rows, pages, generator=torch.Generator().manual_seed(seed))
+        return (x * 2).round() / 2 if ties else x
+
+    @pytest.mark.parametrize("pages", [1, 40, 300])
+    def test_selection(pages):
+        for keep in (1, 7, 32, pages + 3):
+            for seed, ties in ((0, True), (1, False)):
+                score = scores(pages, seed, ties, rows=2)
+                cases.check_select(score, keep, 16, None)
+                high = pages * 16
+                for g in (1, 2) if keep == 7 else (1,):  # scores a head or a group
+                    gen = torch.Generator().manual_seed(seed)
+                    length = torch.randint(1, high + 1, (2, g), generator=gen, dtype=torch.int32)
+                    length[0, 0] = 0
+                    broken = score.masked_fill(
+                        torch.arange(pages) * 16 >= length.repeat_interleave(2 // g, 1)[..., None], NAN
+                    )
+                    cases.check_select(broken, keep, 16, length)
+
+    def test_selection_of_odd_numbers():
+        score = scores(40, ties=False)
+        score[0, 0] = 0.0
+        score[0, 1] = 0.0
+        score[0, 1, ::2] = -0.0  # no less than 0
+        score[0, 2, 3:20] = NAN  # ranks with -inf
+        score[0, 3] = float("-inf")
+        score[1, 0, 5], score[1, 0, 8] = float("inf"), float("inf")
+        score[1, 1] = torch.arange(40) * 1e-45  # denormal numbers
+        score[1, 2] = -torch.arange(40).float()
+        score[1, 3] = -1e38 * torch.arange(40)
+        for keep in (2, 5):
+            cases.check_select(score, keep, 16, None)
+
+    def test_selection_in_pieces(monkeypatch):
+        """Rows longer than a program holds are read again for each bit."""
+        monkeypatch.setattr(kernels, "CHUNK", 256)
+        for seed, ties, keep in ((0, True, 300), (1, False, 1)):
+            score = scores(700, seed, ties, rows=2)
+            cases.check_select(score, keep, 64, None)
+            cases.check_select(score, keep, 64, torch.tensor([[44800, 20000], [16384, 100]]))
+
+    # ------------------------------------------------------------------ bounds kept up to date
+    @pytest.mark.parametrize("kind", ["dense", "paged"])
+    @pytest.mark.parametrize("page", [1, 6, 16, 64])
+    def test_update(kind, page):
+        """From any entry on, with lengths that differ: what the plain code computes, and older pages untouched."""
+        q, kv = problem(1, 24, ((150, 70), (33, 1)), kind)
+        want, live = cases.plain(kv, page).data, cases.live_pages(kv, page)
+        pages = live.shape[2]
+        data = want.clone()
+        covered = torch.tensor([[130, 70], [0, 0]])
+        first = covered // page
+        stale = (torch.arange(pages) >= first[..., None]) & live & (covered < kv.len)[..., None]
+        data[:, :, :pages][stale] = NAN
+        keep = data[:, :, pages:].clone()
+        kernels.update(kv, data, page, covered)
+        assert torch.equal(data[:, :, :pages][live], want[:, :, :pages][live])
+        assert torch.equal(covered, kv.len.long()) and torch.equal(data[:, :, pages:], keep)
+
+    def test_update_by_numbers():
+        q, kv = problem(1, 32, None)
+        want = cases.plain(kv, 16).data
+        data = want.clone()
+        data[:, :, 8:] = NAN
+        data[:, :, 3] = 7.0
+        kernels.update(kv, data, 16, 128)
+        assert torch.equal(data[:, :, 8:10], want[:, :, 8:10]) and bool((data[:, :, 3] == 7).all())
+
+    # ------------------------------------------------------------------ attention
+    @pytest.mark.parametrize("r,page,d", SIZES)
+    @pytest.mark.parametrize("kind", ["dense", "paged"])
+    def test_attention(r, page, d, kind):
+        for lens in LENGTHS[1:]:
+            q, kv = problem(r, d, lens, kind)
+            for heads in {2, 2 * r}:
+                cases.check_attend(q, kv, *cases.random_tiles(kv, heads, page, 5, seed=r), page, 2e-5)
+
+    def test_attention_over_overlapping_and_unaligned_tiles():
+        for kind in ("dense", "paged"):
+            q, kv = problem(4, 64, LENGTHS[1], kind)
+            cases.check_attend(q, kv, *cases.random_tiles(kv, 2, 16, 6, seed=2, overlap=True), 16, 2e-5)
+
+    def test_attention_with_shared_and_empty_lists():
+        q, kv = problem(4, 64, ((150, 150), (140, 140)))
+        tiles = torch.tensor([[[[0, 48, 96]]]], dtype=torch.int32)  # one list for all rows and heads
+        cases.check_attend(q, kv, tiles, torch.tensor([[[3]]], dtype=torch.int32), 16, 2e-5)
+        tiles, count = cases.random_tiles(kv, 2, 16, 5, seed=1)
+        count[0, 1] = 0
+        out, lse = cases.check_attend(q, kv, tiles, count, 16, 2e-5)
+        assert bool((out[0, 4:] == 0).all()) and bool((lse[0, 4:] == float("-inf")).all())
+
+    def test_attention_in_half_precision():
+        q, kv = problem(4, 128, LENGTHS[1], dtype=torch.float16)
+        cases.check_attend(q, kv, *cases.random_tiles(kv, 2, 16, 5, seed=3), 16, 2e-3)
+
+    def test_attention_in_any_number_of_programs(monkeypatch):
+        q, kv = problem(4, 64, ((600, 600), (600, 40)))
+        tiles = cases.random_tiles(kv, 2, 16, 30, seed=4)
+        results = []
+        for cores in (1, 4, 1000):
+            monkeypatch.setattr(kernels, "device", lambda index, cores=cores: (99 * 1024, cores))
+            kernels._plan.cache_clear()
+            results.append(cases.check_attend(q, kv, *tiles, 16, 2e-5)[0])
+        kernels._plan.cache_clear()
+        torch.testing.assert_close(results[0], results[2], atol=1e-6, rtol=1e-5)
+
+    # ------------------------------------------------------------------ together
+    @pytest.mark.parametrize("share", ["group", "head"])
+    @pytest.mark.parametrize("kind", ["dense", "paged"])
+    def test_a_step_of_quest(share, kind):
+        q, kv = problem(4, 64, ((150, 150), (7, 7)), kind)
+        layout = cases.check_quest(q, kv, 16, 64, 2e-5, share)
+        assert bool((layout.tiles[1, :, 0, 0] == 0).all()) and bool((layout.tile_count[1] == 1).all())
+
+    def test_bounds_follow_the_lengths_without_waiting():
+        """Steps, a pause, a rollback and more steps at a fixed capacity; the kernel path from the second call on."""
+        gen = torch.Generator().manual_seed(5)
+        k = torch.randn(2, 2, 100, 16, generator=gen)
+        length = torch.tensor([[40, 40], [17, 17]], dtype=torch.int32)
+        bounds = cases.Bounds(16)
+        kv = KV.dense(k, k, len=length)
+        bounds.update(kv)
+        ran = []
+        before = bounds._steady
+        bounds._steady = lambda kv: ran.append(before(kv)) or ran[-1]
+        for back, more in [(0, 1), (0, 1), (0, 0), (5, 1), (0, 20), (1, 1)]:
+            if back:
+                bounds.truncate(back)
+            for i in range(2):
+                n = int(length[i, 0]) - back
+                k[i, :, n : n + more] = 3 * torch.randn(2, more, 16, generator=gen)
+            length += more - back  # in place: the bounds keep a copy of their own
+            bounds.update(kv)
+            live, want = cases.live_pages(kv, 16), cases.plain(kv, 16).data
+            assert torch.equal(bounds.data[:, :, : live.shape[2]][live], want[:, :, : live.shape[2]][live])
+        assert all(ran)
+
+    def uneven(tiles):
+        q, kv = problem(3, 64, ((150,) * 4, (7,) * 4), g=4)
+        return q, kv, Layout((2, 12, 1, kv.capacity), tile_width=16, tiles=tiles, tile_count=tiles[..., 0] + 2)
+
+    def test_what_goes_the_long_way():
+        q, kv = problem(4, 64, LENGTHS[1])
+        tiles, count = cases.random_tiles(kv, 2, 16, 5, seed=1)
+        layout = Layout((2, 8, 1, kv.capacity), tile_width=16, tiles=tiles, tile_count=count)
+        assert kernels.serves(q, kv, layout, 0.0)
+        other = cases.replace
+        one = torch.ones(1, 1, dtype=torch.int32)
+        refused = [
+            (kv, layout, 30.0),
+            (kv, other(layout, window=one), 0.0),
+            (kv, other(layout, q_pos=torch.tensor([[9], [9]])), 0.0),
+            (kv, other(layout, tile_width=8), 0.0),
+            (kv, other(layout, tile_width=48), 0.0),
+            (kv, other(layout, entries=tiles, entry_count=count), 0.0),
+            (other(kv, bias=torch.zeros(2, 2, kv.capacity)), layout, 0.0),
+            (other(kv, pos=torch.zeros(2, 2, kv.capacity, dtype=torch.int32)), layout, 0.0),
+            (other(kv, kind="ragged"), layout, 0.0),
+        ]
+        six = torch.zeros(1, 6, 1, 2, dtype=torch.int32)  # lists that two kv heads share half
+        assert not kernels.serves(*uneven(six), 0.0)
+        for view, plan, cap in refused:
+            assert not kernels.serves(q, view, plan, cap)
+
+    def test_the_backend_takes_the_short_way(monkeypatch):
+        q, kv = problem(4, 64, LENGTHS[1])
+        tiles, count = cases.random_tiles(kv, 2, 16, 5, seed=1)
+        layout = Layout((2, 8, 1, kv.capacity), tile_width=16, tiles=tiles, tile_count=count)
+        short = cases.foveate.attend(q, kv, layout, backend="triton", scale=-0.2)
+        monkeypatch.setattr(backend.paging_launch, "serves", lambda *_: False)
+        long = cases.foveate.attend(q, kv, layout, backend="triton", scale=-0.2)
+        torch.testing.assert_close(short, long, atol=1e-5, rtol=1e-5)
