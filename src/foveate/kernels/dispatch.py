@@ -28,6 +28,8 @@ BACKENDS = {
 }
 # Tried in this order; the first without a reason against it runs. `reference` is never chosen: it costs N x M.
 AUTO = {"cpu": ("sdpa", "flex", "torch"), "cuda": ("gluon", "sdpa", "triton", "torch")}
+# Backward passes of their own, tried in order on the device (or for the backend) named; `torch` differentiates the rest.
+BACKWARD = {"cuda": ("foveate.kernels.triton.backward",), "triton": ("foveate.kernels.triton.backward",)}
 _KINDS = ("dense", "paged", "ragged")
 _KV_FIELDS = ("len", "table", "offsets", "pos")
 
@@ -272,10 +274,14 @@ def _fake(q, k, v, bias, index, meta, scale, softcap, backend, want_lse, want_ma
 
 
 def _backward_module(q: Tensor, kv: KV, layout: Layout, softcap: float, name: str) -> ModuleType:
-    """The first backend with a backward pass for this call, the named one before others; `torch` always has one."""
-    want = Want(lse=True, grad=True, softcap=softcap > 0)
-    for candidate in AUTO.get(q.device.type, ()) if name == "auto" else (name,):
-        if _reason(candidate, q, kv, layout, want) is None and hasattr(module := backend(candidate), "backward"):
+    """The first backward pass without a reason against it. Those who name `torch` or the oracle get `torch`'s."""
+    key = name if name in ("triton", "torch", "reference") else q.device.type
+    for path in BACKWARD.get(key, ()):
+        try:
+            module = importlib.import_module(path)
+        except ImportError:
+            continue
+        if module.backward_supports(q, kv, layout, softcap) is None:
             return module
     return torch_gather
 
