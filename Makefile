@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 MODEL ?= smollm2
 TOKENS ?= 7000
 
-.PHONY: demo test lint types check benchmarks clean install install-dev
+.PHONY: demo test eval-smoke lint types check benchmarks clean install install-dev
 
 demo: install
 	@command -v $${CXX:-g++} >/dev/null 2>&1 || command -v clang++ >/dev/null 2>&1 || \
@@ -15,6 +15,12 @@ demo: install
 
 test: install-dev
 	$(BIN)/python -m pytest -q
+
+# A look at quality in minutes: SmolLM2, dense beside one recipe, four tasks. The folder eval-smoke can be resumed.
+eval-smoke: install-dev
+	$(BIN)/foveate eval --model $(MODEL) --recipes minference@8k --suites needle_word,passkey,kv_retrieval,vt \
+	  --lengths 2048,4096 --samples 5 --looks 1 --rounds 1 --out eval-smoke
+	$(BIN)/foveate frontier --out eval-smoke
 
 lint: install-dev
 	$(BIN)/ruff check .
@@ -42,8 +48,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements/constraints.t
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q --no-warn-conflicts -c requirements/constraints.txt -e '.[demo,dev]'
+	$(PIP) install -q --no-warn-conflicts -c requirements/constraints.txt -e '.[demo,dev,eval]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) report build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) report eval-smoke build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -80,7 +80,44 @@ def figures(found: dict[str, dict[str, Any]]) -> str:
             f"Block lists on one {blocks['device']}, 32 query and 8 kv heads, D 128, bf16, causal, blocks of 128 queries; "
             "TFLOP/s over kept pairs, all in one process:\n\n" + blocks_table(blocks)
         )
+    if (pages := found.get("h100_decode_pages")) is not None:
+        out.append(
+            f"One decode step of one layer on one {pages['device']}, 32 query and 8 kv heads, D 128, bf16, 2,048 tokens "
+            "kept, page bounds, selection and attention included, in a CUDA graph:\n\n" + decode_table(pages)
+        )
+    if (backward := found.get("h100_backward")) is not None:
+        out.append(
+            f"Backward of block lists on one {backward['device']}, the same shapes, 32K tokens; TFLOP/s over kept pairs:\n\n"
+            + backward_table(backward)
+        )
     return "\n\n".join(out)
+
+
+def decode_table(data: dict[str, Any]) -> str:
+    """Microseconds of a whole decode step by batch and length."""
+    rows = [r for r in data["rows"] if ":" not in r["impl"]]
+    impls = list(dict.fromkeys(r["impl"] for r in rows))
+    lines = ["| batch | tokens | " + " | ".join(impls) + " |", "| --- " * (2 + len(impls)) + "|"]
+    for b, n in sorted({(r["params"]["b"], r["params"]["n"]) for r in rows}):
+        mine = {r["impl"]: 1000 * r["ms"]["median"] for r in rows if (r["params"]["b"], r["params"]["n"]) == (b, n)}
+        lines.append(f"| {b} | {n} | " + " | ".join(f"{mine[i]:.0f} us" if i in mine else "-" for i in impls) + " |")
+    return "\n".join(lines)
+
+
+def backward_table(data: dict[str, Any]) -> str:
+    """TFLOP/s by case and whole implementation (not its parts)."""
+    rows = [r for r in data["rows"] if r["tflops"] and not r["impl"].startswith(("dq", "dkdv"))]
+    least = {r["case"]: min(o["density"] for o in rows if o["case"] == r["case"]) for r in rows}
+    rows.sort(key=lambda r: (-r["params"]["width"], -least[r["case"]], r["impl"] != "ours"))
+    impls = list(dict.fromkeys(r["impl"] for r in rows))
+    title = {"ours": "foveate triton", "cudnn": "cuDNN, dense", "flash": "PyTorch flash, dense", "fa4": "FlashAttention-4"}
+    named = " | ".join(title.get(i, i) for i in impls)
+    lines = [f"| case | density | {named} |", "| --- " * (2 + len(impls)) + "|"]
+    for case in dict.fromkeys(r["case"] for r in rows):
+        mine = {r["impl"]: r for r in rows if r["case"] == case}
+        cells = [f"{mine[i]['tflops']:.0f}" if i in mine else "-" for i in impls]
+        lines.append(f"| {case} | {least[case]:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def compare_table(rows: list[dict[str, Any]]) -> str:

@@ -258,7 +258,7 @@ def test_ctrl_c(monkeypatch, folder, text):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", stop)
+    monkeypatch.setattr(cli, "load_model", stop)
     assert complaint(call("run", "dense", "--model", folder, "-p", text), 130) == "foveate: stopped"
 
 
