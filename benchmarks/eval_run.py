@@ -1,10 +1,13 @@
 """The committed evaluation of one model: which tasks dense attention can do, then every recipe on those.
 
     python benchmarks/eval_run.py --model smollm2 --lengths 2048,4096,8192 --out FOLDER [--minutes 9]
+    python benchmarks/eval_run.py --out FOLDER --join PART PART
 
-First dense answers a few samples of every task. Tasks it does at 60 % or more get all recipes and all samples, under the
-protocol "seen" and, for recipes with a cache policy, "unseen". Cost and running text come before them. The folder can be
-resumed; when the time is over what is there stays, and `foveate frontier --out FOLDER --summary FILE` makes the tables.
+Part "cost" times recipes in turns (nothing else may run then), "streams" measures running text, "tasks" asks questions:
+dense answers a few samples of every task; tasks it does at 60 % or more get all recipes and all samples, under the protocol
+"seen" and, for recipes with a cache policy, "unseen". Tasks and lengths can go to processes of their own and be joined. A
+folder can be resumed; when the time is over what is there stays. `foveate frontier --out FOLDER --summary FILE` makes the
+tables.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from pathlib import Path
 
 from foveate.errors import FoveateError
 from foveate.evals import cells
-from foveate.evals.results import COUNTS, Results
+from foveate.evals.results import COUNTS, Results, join
 from foveate.evals.runner import run
 from foveate.evals.suites import SUITES, tasks_of
 from foveate.evals.text import Source
@@ -24,7 +27,7 @@ from foveate.measure import DEFAULT_RECIPES
 from foveate.models import load
 from foveate.recipe import Recipe
 
-EVICTING = ("snapkv@8k", "expected_attention@8k", "streaming_llm@8k")
+RECIPES = (*DEFAULT_RECIPES, "expected_attention@8k")
 
 
 class TimeOver(Exception):
@@ -34,22 +37,28 @@ class TimeOver(Exception):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--recipes", default=";".join(dict.fromkeys([*DEFAULT_RECIPES, *EVICTING])))
+    parser.add_argument("--recipes", default=";".join(RECIPES))
     parser.add_argument("--lengths", default="2048,4096,8192")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", default="cost,streams,tasks")
+    parser.add_argument("--tasks", help="only these, separated by commas")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--screen", type=int, default=20, help="samples of the first look at what dense can do")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--tokens", type=int, default=800_000, help="tokens of a batch")
-    parser.add_argument("--tasks", help="only these, separated by commas")
+    parser.add_argument("--tokens", type=int, default=400_000, help="tokens of a batch")
+    parser.add_argument("--join", nargs="*", type=Path, help="gather these folders into --out and stop")
     args = parser.parse_args()
-    model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, say=print)
+    if args.join is not None:
+        print(f"{len(join(args.out, args.join).records)} records in {args.out}")
+        return
     source, began = Source.of(), time.monotonic()
+    model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, say=print)
     every = [t for s in SUITES for t in tasks_of(s) if t.needs(source) is None]
     wanted = [t.name for t in every if args.tasks is None or t.name in args.tasks.split(",")]
     recipes = [r for r in args.recipes.split(";") if r]
+    parts = args.parts.split(",")
     shown = ""
 
     def progress(what: str, share: float) -> None:
@@ -60,29 +69,36 @@ def main() -> None:
             print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
             shown = what
 
-    def go(length: int, tasks: list[str], recipes: list[str], samples: int, **options: object) -> None:
+    def go(length: int, suites: list[str], recipes: list[str], samples: int, **options: object) -> None:
         batch = max(1, min(100, args.tokens // length))
+        some: dict = dict(rounds=0, looks=1) | options
         try:
-            run(model, tokenizer, out=args.out, name=args.model, source=source, recipes=recipes, suites=tasks, looks=1,
-                lengths=[length], samples=samples, batch=batch, progress=progress, say=print, **options)  # fmt: skip
-        except FoveateError as err:  # one length's trouble must not cost the others
+            run(model, tokenizer, out=args.out, name=args.model, source=source, recipes=recipes, suites=suites,
+                lengths=[length], samples=samples, batch=batch, progress=progress, say=print, **some)  # fmt: skip
+        except FoveateError as err:  # one task's trouble must not cost the others
             print(f"{length}: {err}", file=sys.stderr, flush=True)
+
+    def tasks(length: int) -> None:
+        for task in wanted:
+            go(length, [task], ["dense"], args.screen)
+        good = [
+            c.task for c in cells(Results.load(args.out))
+            if c.length == length and c.recipe == "dense" and c.protocol == "seen" and c.mean >= COUNTS
+        ]  # fmt: skip
+        print(f"{length}: dense does {', '.join(good) or 'nothing'}", flush=True)
+        for task in good:
+            go(length, [task], recipes, args.samples)
+        for task in good:
+            go(length, [task], ["dense", *(r for r in recipes if Recipe.of(r).evicts)], args.samples, protocols=["unseen"])
 
     try:
         for length in (int(n) for n in args.lengths.split(",")):
-            go(length, ["perplexity", "agreement"], recipes, args.samples, rounds=3)
-            for task in wanted:
-                go(length, [task], ["dense"], args.screen, rounds=0)
-            good = [
-                c.task for c in cells(Results.load(args.out))
-                if c.length == length and c.recipe == "dense" and c.protocol == "seen" and c.mean >= COUNTS
-            ]  # fmt: skip
-            print(f"{length}: dense does {', '.join(good) or 'nothing'}", flush=True)
-            for task in good:
-                go(length, [task], recipes, args.samples, rounds=0)
-            unseen = [r for r in recipes if Recipe.of(r).evicts]
-            for task in good:
-                go(length, [task], ["dense", *unseen], args.samples, rounds=0, protocols=["unseen"])
+            if "cost" in parts:
+                go(length, ["passkey"], recipes, 1, rounds=3, looks=0)
+            if "streams" in parts:
+                go(length, ["perplexity", "agreement"], recipes, args.samples)
+            if "tasks" in parts:
+                tasks(length)
     except TimeOver:
         print("the time is over; the rest is not measured", flush=True)
 

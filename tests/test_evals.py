@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from foveate.cli import app
 from foveate.errors import ConfigError
 from foveate.evals import Results, Source, cells, run
-from foveate.evals.results import ResultsError, Store
+from foveate.evals.results import ResultsError, Store, join
 from foveate.evals.scoring import METRICS
 from foveate.evals.suites import SUITES, choose, tasks_of
 from foveate.evals.task import make
@@ -125,6 +125,22 @@ def test_other_facts_are_refused_and_nothing_is_touched(loaded, done):
     with pytest.raises(ResultsError, match="weights"):
         run(other, loaded[1], out=folder, recipes=RECIPES, suites=TASKS, name="tiny", **QUICK)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_folders_of_one_evaluation_are_joined(done, tmp_path):
+    _, results = done
+    facts = {k: v for k, v in results.facts.items() if k != "schema"}
+    half = len(results.records) // 2
+    for name, records in (("a", results.records[: half + 3]), ("b", results.records[half:])):
+        with Store(tmp_path / name, facts) as store:
+            for record in records:
+                store.add(record)
+    whole = join(tmp_path / "whole", [tmp_path / "a", tmp_path / "b"])
+    assert [r.key for r in whole.records] == [r.key for r in results.records]
+    with Store(tmp_path / "c", {**facts, "dtype": "other"}):
+        pass
+    with pytest.raises(ResultsError, match="dtype"):
+        join(tmp_path / "whole", [tmp_path / "c"])
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):

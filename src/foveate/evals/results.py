@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -82,6 +82,24 @@ class Results:
         return Results(facts, [record for record, _ in _read(where / "records.jsonl")])
 
 
+def join(folder: str | Path, parts: Sequence[str | Path]) -> Results:
+    """Gather folders of one evaluation (other tasks, lengths or recipes on other devices of a kind) into `folder`.
+
+    Raises:
+        ResultsError: a part that is none, or that was made with other facts. Records that are there already stay.
+    """
+    found = [Results.load(part) for part in parts]
+    if not found:
+        raise ResultsError("results: expected at least one folder to join, got none")
+    with Store(folder, {k: v for k, v in found[0].facts.items() if k != "schema"}) as store:
+        for part in found:
+            store.check(part.facts)
+        for record in (r for part in found for r in part.records):
+            if record.key not in store:
+                store.add(record)
+        return store.results()
+
+
 class Store:
     """A results folder open for writing by one process. Use as a context manager."""
 
@@ -93,8 +111,8 @@ class Store:
         records = self.folder / "records.jsonl"
         if (self.folder / "run.json").exists():
             found = Results.load(self.folder)
-            self._compare(found.facts, facts)
             self.facts = found.facts
+            self.check(facts)
         elif records.exists():
             raise ResultsError(f"results: {records} has no run.json beside it; use another folder")
         else:
@@ -125,7 +143,9 @@ class Store:
     def results(self) -> Results:
         return Results(self.facts, list(self.records.values()))
 
-    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+    def check(self, new: dict[str, Any]) -> None:
+        """ResultsError if records made with these facts do not belong here."""
+        old = self.facts
         wrong = [
             f"{name} {old.get(name)!r} there, {new.get(name)!r} now" for name in FIXED if old.get(name) != new.get(name)
         ]
