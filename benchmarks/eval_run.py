@@ -73,7 +73,7 @@ def main() -> None:
         batch = max(1, min(100, args.tokens // length))
         some: dict = dict(rounds=0, looks=1) | options
         try:
-            run(model, tokenizer, out=args.out, name=args.model, source=source, recipes=recipes, suites=suites,
+            run(model, tokenizer, out=args.out, name=Path(args.model).name, source=source, recipes=recipes, suites=suites,
                 lengths=[length], samples=samples, batch=batch, progress=progress, say=print, **some)  # fmt: skip
         except FoveateError as err:  # one task's trouble must not cost the others
             print(f"{length}: {err}", file=sys.stderr, flush=True)
@@ -86,10 +86,10 @@ def main() -> None:
             if c.length == length and c.recipe == "dense" and c.protocol == "seen" and c.mean >= COUNTS
         ]  # fmt: skip
         print(f"{length}: dense does {', '.join(good) or 'nothing'}", flush=True)
+        evicting = ["dense", *(r for r in recipes if Recipe.of(r).evicts)]
         for task in good:
             go(length, [task], recipes, args.samples)
-        for task in good:
-            go(length, [task], ["dense", *(r for r in recipes if Recipe.of(r).evicts)], args.samples, protocols=["unseen"])
+            go(length, [task], evicting, args.samples, protocols=["unseen"])
 
     try:
         for length in (int(n) for n in args.lengths.split(",")):

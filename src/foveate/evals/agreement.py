@@ -22,6 +22,7 @@ from ..methods.base import AttnInput, Method
 from ..recipe import Recipe
 from .stream import Reference, Tick
 
+EVERY = 8  # decode steps from one look at masses and outputs to the next; predictions are compared at every step
 LOW = 0.01  # the percentile of `mass_low`
 _DENSE = Recipe.of("dense")
 
@@ -50,20 +51,22 @@ class Fidelity(Diagnosis):
         phase: "prefill" or "decode"; calls of the other are not looked at, but for the entries that a policy may drop.
         sinks: learned sink logits `[H]` by layer, of models that have them.
         errors: by layer, squared norm of (output - dense output) over that of the dense output, on the sampled rows.
-        kept: `[H, R]` tensors of mass kept.
+        kept: `[H, R]` tensors of mass kept. calls: of this phase, by layer; in decode every `EVERY`th is looked at.
     """
 
     phase: str = "prefill"
     sinks: dict[int, Tensor] = field(default_factory=dict)
     errors: dict[int, Share] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
+    calls: dict[int, int] = field(default_factory=dict)
 
     keeps_values: ClassVar[bool] = True
 
     def attended(self, x: AttnInput, plan: Layout | Parts, out: Tensor) -> None:
-        if x.phase == self.phase:
+        done = self.calls[x.layer] = self.calls.get(x.layer, -1) + (x.phase == self.phase)
+        if x.phase == self.phase and (x.phase == "prefill" or done % EVERY == 0):
             super().attended(x, plan, out)
-        elif x.phase == "prefill":
+        else:  # what a policy may drop must be remembered at every step
             self._all_keys(x)
 
     def _all_keys(self, x: AttnInput) -> Tensor | None:
