@@ -5,8 +5,9 @@
 Lists: "random" are independent draws of every token and kv head; "local" hold the first block, the newest two and blocks
 by scores that drift slowly along the text, as trained selectors give. One process, implementations interleaved, L2
 flushed before every sample. TFLOP/s count 4 D operations for each kept pair. "ours" is what `attend` runs, lists built
-anew; "lists", "partial", "walk" and "merge" time its steps over all chunks; "shared S" and "scratch S" move one knob;
-"rows" fetches the keys of each token by themselves (`walk.py`). A new case begins while `--budget` seconds last.
+anew; "lists", "partial", "walk" and "merge" time its steps over all chunks; `--tune` moves one knob at a time; names that
+begin with "bwd" are gradients alone, from saved out and lse (10 D operations a pair). "rows" fetches the keys of each
+token by themselves (`walk.py`). A new case begins while `--budget` seconds last.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from foveate.bench import results  # noqa: E402
 from foveate.kernels import triton as backend  # noqa: E402
 from foveate.kernels.base import Want  # noqa: E402
-from foveate.kernels.triton import tokens  # noqa: E402
+from foveate.kernels.triton import tokens, tokens_backward  # noqa: E402
 from foveate.kv import KV  # noqa: E402
 from foveate.layout import Layout  # noqa: E402
 
@@ -51,12 +52,18 @@ class Case:
 CASES = [Case(h, g, local) for h, g in ((32, 8), (64, 4), (4, 4)) for local in (False, True)]
 KNOBS = {
     "shared 0.25": dict(shared=0.25), "shared 0.6": dict(shared=0.6), "shared 2": dict(shared=2.0),
-    "scratch 256M": dict(scratch=256 << 20), "scratch 64M": dict(scratch=64 << 20), "scratch 4G": dict(scratch=4 << 30),
+    "scratch 256M": dict(scratch=256 << 20), "scratch 4G": dict(scratch=4 << 30),
     "rows 128 w8": dict(rows=128, warps=8, regs=None), "rows 128 w8 r128": dict(rows=128, warps=8, regs=128),
     "rows 64 free": dict(regs=None), "rows 64 s2": dict(stages=2), "rows 64 r128": dict(regs=128),
     "piece 256": dict(piece=256), "piece 1024": dict(piece=1024), "merge 8": dict(merge=8), "merge 32": dict(merge=32),
     "tile 128 w8": dict(tile=128, tile_warps=8, tile_stages=2), "tile s2": dict(tile_stages=2),
 }  # fmt: skip
+
+BWD_KNOBS = {
+    "rows 64": dict(rows=64, stages=2), "rows 64 w8": dict(rows=64, warps=8), "rows 32 s2": dict(stages=2),
+    "rows 32 w8": dict(warps=8),
+}  # fmt: skip
+STEPS = ("lists", "partial", "walk", "merge", "bwd dq", "bwd lists", "bwd dkdv")
 
 
 def draw(case: Case, gen: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +109,14 @@ class Problem:
     def error(self, out: torch.Tensor) -> tuple[float, float]:
         """(relative, largest) error of sampled rows against fp64."""
         off = size = largest = 0.0
-        for h, row in ((0, 0), (self.case.h - 1, N - 1), (0, 100), (self.case.h // 2, N // 2 + 37), (1, 8191), (2, 20000)):
+        for h, row in (
+            (0, 0),
+            (self.case.h - 1, N - 1),
+            (0, 100),
+            (self.case.h // 2, N // 2 + 37),
+            (1, N // 4 - 1),
+            (2, N * 5 // 8),
+        ):
             g = h * self.case.g // self.case.h
             starts = self.tiles[0, g, row, : int(self.count[0, g, row])].long()
             keys = (starts[:, None] + torch.arange(WIDTH, device=DEVICE)).flatten()
@@ -117,7 +131,7 @@ class Problem:
 
 # ---------------------------------------------------------------------- implementations: Problem -> call
 def ours(p: Problem, **knobs):
-    set_to = replace(tokens.config(p.q), **knobs)
+    set_to = replace(tokens.config(p.q, p.kv, WIDTH), **knobs)
     return lambda: tokens.attend(p.q, p.kv, p.layout, p.scale, True, set_to)[0]
 
 
@@ -166,6 +180,91 @@ def parts(p: Problem):
     }
 
 
+def backward(p: Problem):
+    """Gradients as `attend` makes them, and their steps; the calls, or None where they are wrong."""
+    out, lse = tokens.attend(p.q, p.kv, p.layout, p.scale, True)
+    assert lse is not None
+    dout, dlse = torch.randn_like(out), torch.zeros_like(lse)
+
+    def call():
+        return tokens_backward.backward(dout, dlse, p.q, p.kv, p.layout, out, lse, scale=p.scale, softcap=0.0)[:3]
+
+    first = call()
+    if not all(torch.equal(a, b) for a, b in zip(first, call(), strict=True)):
+        print("#   bwd is WRONG: two runs differ", flush=True)
+    off, size = gradient_error(p, dout, first)
+    if not math.sqrt(off / size) < 1.5e-2:
+        print(f"#   bwd is WRONG: relative error {math.sqrt(off / size)}", flush=True)
+        return {}
+    print(f"#   bwd: relative error {math.sqrt(off / size):.1e}", flush=True)
+    made = {"bwd ours": call}
+    work = tokens_backward.Work(p.q, p.kv, p.layout, p.scale, None)
+    work.rows(dout, dlse, out, lse)
+    lists = work.inverse()
+    made |= {"bwd dq": work.queries, "bwd lists": work.inverse, "bwd dkdv": lambda: work.keys(lists)}
+    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
+        q, k, v = (t.detach().requires_grad_() for t in (p.q, p.k, p.v))
+        if (peer := attempt(name, lambda n=name, x=(q, k, v): dense_backward(n, *x, dout))) is not None:
+            made[f"bwd {name[:5].lower()}"] = peer
+    return made
+
+
+def dense_backward(name: str, q, k, v, dout):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    with sdpa_kernel(getattr(SDPBackend, name)):
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+
+def tuned(p: Problem):
+    """dk and dv under each configuration."""
+    out, lse = tokens.attend(p.q, p.kv, p.layout, p.scale, True)
+    assert lse is not None
+    for name, knobs in BWD_KNOBS.items():
+        work = tokens_backward.Work(p.q, p.kv, p.layout, p.scale, None, replace(tokens_backward.WIDE, **knobs))
+        work.rows(out, lse, out, lse)
+        lists = work.inverse()
+        yield f"bwd dkdv {name}", (lambda w=work, x=lists: w.keys(x))
+
+
+def gradient_error(p: Problem, dout: torch.Tensor, grads) -> tuple[float, float]:
+    """Squared error and size of dq in sampled rows and of dk, dv in a late and an early key block, in fp32."""
+    off = size = 0.0
+    group = p.case.h // p.case.g
+    wanted: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def row(h: int, t: int):
+        g = h // group
+        starts = p.tiles[0, g, t, : int(p.count[0, g, t])].long()
+        keys = (starts[:, None] + torch.arange(WIDTH, device=DEVICE)).flatten()
+        keys = keys[keys <= t]
+        k, v, q, do = p.k[0, g, keys].double(), p.v[0, g, keys].double(), p.q[0, h, t].double(), dout[0, h, t].double()
+        s = torch.softmax(k @ q * p.scale, 0)
+        dp = v @ do
+        return keys, k, q, do, s, s * (dp - (s * dp).sum())
+
+    for h, t in ((0, 100), (p.case.h - 1, N - 1), (1, N // 4 - 1), (2, N * 5 // 8)):
+        _, k, _, _, _, ds = row(h, t)
+        wanted.append((grads[0][0, h, t], ds @ k * p.scale))
+    for g, block in ((p.case.g - 1, N // WIDTH - 1), (0, N // WIDTH - 3)):
+        dk, dv = (torch.zeros(WIDTH, D, device=DEVICE, dtype=torch.float64) for _ in range(2))
+        used = torch.arange(KEEP, device=DEVICE) < p.count[0, g, :, None]
+        named = ((p.tiles[0, g] == block * WIDTH) & used).any(-1).nonzero().flatten().tolist()
+        for t in named:
+            for h in range(g * group, (g + 1) * group):
+                keys, _, q, do, s, ds = row(h, t)
+                here = (keys >= block * WIDTH) & (keys < (block + 1) * WIDTH)
+                dk[keys[here] - block * WIDTH] += ds[here, None] * q * p.scale
+                dv[keys[here] - block * WIDTH] += s[here, None] * do
+        at = slice(block * WIDTH, (block + 1) * WIDTH)
+        wanted += [(grads[1][0, g, at], dk), (grads[2][0, g, at], dv)]
+    for got, want in wanted:
+        off, size = off + float((got.double() - want).square().sum()), size + float(want.square().sum())
+    return off, size
+
+
 # ---------------------------------------------------------------------- phases
 def attempt(name: str, make):
     try:
@@ -200,18 +299,24 @@ def measure(case: Case, rounds: int, rep: int, tune: bool) -> list[results.Row]:
     for name, call in (*steps, ("cudnn", dense("CUDNN_ATTENTION")(p)), ("flash", dense("FLASH_ATTENTION")(p))):
         if attempt(name, lambda c=call: (c(), 1)[1]) is not None:
             calls[name], errors[name] = call, None
+    later = dict(attempt("bwd", lambda: backward(p)) or {})
+    later |= dict(attempt("bwd knobs", lambda: list(tuned(p))) or ()) if tune else {}
+    for name, call in later.items():
+        if attempt(name, lambda c=call: (c(), 1)[1]) is not None:
+            calls[name], errors[name] = call, None
     for r in range(rounds):
         for name, call in calls.items():
-            if r == 0 or name in ("ours", "cudnn"):
+            if r == 0 or name in ("ours", "cudnn", "bwd ours"):
                 times.setdefault(name, []).append(do_bench(call, warmup=10, rep=rep, quantiles=[0.5]))
     rows = []
     for name, samples in times.items():
         ms = results.spread(samples)
         pairs, density = p.pairs, p.density
-        if name in ("cudnn", "flash"):
+        if name in ("cudnn", "flash", "bwd cudnn", "bwd flash"):
             pairs, density = N * (N + 1) / 2 * case.h, 1.0
         params = {"B": 1, "H": case.h, "G": case.g, "N": N, "D": D, "width": WIDTH, "keep": KEEP, "dtype": "bf16"}
-        tflops = None if name in ("lists", "partial", "walk", "merge") else 4 * D * pairs / ms["median"] / 1e9
+        work = (10 if name.startswith("bwd") else 4) * D * pairs
+        tflops = None if name.startswith(STEPS) else work / ms["median"] / 1e9
         rows.append(results.Row(case.name, name, params, ms, tflops, density, errors[name]))
         shown = "-" if tflops is None else f"{tflops:.0f}"
         print(f"{case.name:<18}{density:>7.3f}  {name:<18}{ms['median']:>9.3f} ms {shown:>6} TFLOP/s", flush=True)

@@ -403,3 +403,24 @@ def test_the_shipped_model_finds_a_needle():
     text = head.format(**kind) + "\n".join(lines) + "\n" + question.format(**kind) + "\n" + prefix.format(**kind)
     made = answer(net, words(text)["input_ids"], 16, words.eos_token_id)
     assert words.decode(made, skip_special_tokens=True).strip() == "4712345."
+
+
+# ---------------------------------------------------------------------- the shipped weights, as the evaluation uses them
+def test_the_shipped_model_tells_recipes_apart(tmp_path):
+    """A small grid: dense answers, a window without the needle does not, a page budget that holds it does."""
+    from foveate.evals import run
+    from foveate.models import load
+
+    model, own = load("needle", device="cpu", dtype="fp32")
+    assert isinstance(model.config.max_position_embeddings, int) and model.config.max_position_embeddings == 65536
+    recipes = ["streaming_llm:window=96,sink=4", "quest:budget=512"]
+    results = run(model, own, out=tmp_path, name="needle", recipes=recipes, suites=["niah_single_1", "mqar"],
+                  lengths=[1536], samples=3, rounds=0, looks=1)  # fmt: skip
+    mean = lambda recipe, task: sum(  # noqa: E731
+        r.values["score"] for r in results.records if (r.recipe, r.task) == (recipe, task)
+    ) / 3  # fmt: skip
+    assert mean("dense", "niah_single_1") == 1.0 and mean("dense", "mqar") >= 0.9
+    assert mean("quest:budget=512", "niah_single_1") == 1.0
+    assert mean("streaming_llm:window=96,sink=4", "mqar") < 0.5
+    hit = {r.recipe: r.values["needle_hit"] for r in results.records if r.index == 0 and r.task == "mqar"}
+    assert hit["dense"] == 1.0 and hit["streaming_llm:window=96,sink=4"] < 0.5

@@ -29,7 +29,8 @@ BACKENDS = {
 # Tried in this order; the first without a reason against it runs. `reference` is never chosen: it costs N x M.
 AUTO = {"cpu": ("sdpa", "flex", "torch"), "cuda": ("gluon", "sdpa", "triton", "torch")}
 # Backward passes of their own, tried in order on the device (or for the backend) named; `torch` differentiates the rest.
-BACKWARD = {"cuda": ("foveate.kernels.triton.backward",), "triton": ("foveate.kernels.triton.backward",)}
+_TRITON = ("foveate.kernels.triton.backward", "foveate.kernels.triton.tokens_backward")
+BACKWARD = {"cuda": _TRITON, "triton": _TRITON}
 _KINDS = ("dense", "paged", "ragged")
 _KV_FIELDS = ("len", "table", "offsets", "pos")
 

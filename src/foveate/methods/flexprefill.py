@@ -13,10 +13,12 @@ from .. import lists
 from ..layout import Layout
 from ..scores.divergence import jensen_shannon
 from ..scores.keys import pieces
-from ..scores.pooled import block_logits, block_pool, block_softmax, causal_blocks, pool_keys
-from ..scores.probes import Probe, last_queries
+from ..scores.pooled import block_logits, block_pool, block_softmax, causal_blocks, fused, pool_keys
+from ..scores.probes import Probe, last_queries, needed
 from ..select import top_k, top_p
 from .base import AttnInput, Method, State, option
+
+WHOLE = 1 << 26  # pairs of blocks that a GPU holds at once (256 MiB of scores): beyond, lists are trimmed to what is kept
 
 
 @dataclass(frozen=True)
@@ -56,44 +58,63 @@ class FlexPrefill(Method):
         return max(2 * self.block, -(-self.min_budget // self.block) * self.block) + 1
 
     def plan(self, x: AttnInput, state: State) -> Layout | None:
-        b, h, n, _ = x.shape
-        m, size, g = x.start + n, self.block, x.groups
+        m, size = x.start + x.q.shape[2], self.block
         if m < self.min_length:
             return None
-        offset, first = x.offset(size), x.start // size
-        nq, nk = -(-(n + offset) // size), -(-m // size)
+        offset, nk = x.offset(size), -(-m // size)
         probe = last_queries(x.q, x.kv, size, scale=x.scale, softcap=x.softcap)
         kbar = pool_keys(x.kv, size)[:, :, :nk]
         columns = block_pool(probe.columns[..., :m, None] / probe.rows, size, "sum")[..., 0]
         aware = self._trusts_pooling(x, kbar, columns)
         col, diag = self._vertical_slash(probe, columns, aware, m)
         qbar = block_pool(x.q, size, offset=offset)
-        gap = (torch.arange(first, first + nq, device=x.device)[:, None] - torch.arange(nk, device=x.device)).clamp(min=0)
-        causal = causal_blocks(nq, nk, first, x.device)
-        tiles, counts = [], []
-        for lo, hi in pieces(g, 8 * b * (h // g) * nq * nk):  # sorting holds about eight numbers a pair
-            heads = slice(lo * (h // g), hi * (h // g))
-            keep = (col[:, heads, None, :] | diag[:, heads][..., gap]) & causal
-            # Sorting every pair of blocks is the dear part: worth one look whether any head asks for it.
-            if self.tau > 0 and bool(aware[:, heads].any()):
-                prob = block_softmax(block_logits(qbar[:, heads], kbar[:, lo:hi], x.scale, x.softcap), first)
-                pairs = top_p(prob.flatten(-2), self.gamma, valid=causal.flatten()).view(keep.shape)
-                keep = keep | (pairs & aware[:, heads, None, None])
-            if self.share == "group":
-                keep = keep.unflatten(1, (hi - lo, -1)).any(2)
-            index, count = lists.compact(keep)
-            tiles.append(lists.trim(index, count) * size)
-            counts.append(count)
-        wide = max(t.shape[-1] for t in tiles)
+        tiles, count = self._lists(x, qbar, kbar, col, diag, aware)
         return Layout(
             x.shape,
             block_q=size,
             q_offset=offset,
             tile_width=size,
             q_pos=x.layout_pos(),
-            tiles=torch.cat([pad(t, (0, wide - t.shape[-1])) for t in tiles], 1),
-            tile_count=torch.cat(counts, 1),
+            tiles=tiles,
+            tile_count=count,
         )
+
+    def _lists(
+        self, x: AttnInput, qbar: Tensor, kbar: Tensor, col: Tensor, diag: Tensor, aware: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Union of block columns, block diagonals and, where `aware`, pairs: first keys of the blocks and counts."""
+        (b, h, nq, _), g, nk, first = qbar.shape, x.groups, kbar.shape[2], x.start // self.block
+        kernels = fused(qbar)
+        if kernels is not None and nk > kernels.BLOCKS:
+            kernels = None
+        causal = causal_blocks(nq, nk, first, x.device)
+        gap = (torch.arange(first, first + nq, device=x.device)[:, None] - torch.arange(nk, device=x.device)).clamp(min=0)
+        pairs = b * (h // g) * nq * nk
+        work = list(pieces(g, 8 * pairs) if kernels is None else pieces(g, pairs, WHOLE))  # sorting holds eight numbers
+        tiles, counts = [], []
+        for lo, hi in work:
+            heads = slice(lo * (h // g), hi * (h // g))
+            args = qbar[:, heads], kbar[:, lo:hi], x.scale, x.softcap
+            hl = hi - lo if self.share == "group" else (hi - lo) * (h // g)
+            if kernels is not None:
+                some, live, prob = (col[:, heads], diag[:, heads]), aware[:, heads], None
+                if self.tau > 0:
+                    prob = kernels.block_scores(*args, first, softmax=True, live=live.contiguous().view(torch.int8))
+                index, count = kernels.pair_lists(*some, live, prob, self.gamma, first, self.block, nq, lists=hl)
+                tiles.append(index if len(work) == 1 else lists.trim(index, count))
+                counts.append(count)
+                continue
+            keep = (col[:, heads, None, :] | diag[:, heads][..., gap]) & causal
+            # Sorting every pair of blocks is the dear part: worth one look whether any head asks for it.
+            if self.tau > 0 and bool(aware[:, heads].any()):
+                prob = block_softmax(block_logits(*args), first)
+                best = top_p(prob.flatten(-2), self.gamma, valid=causal.flatten()).view(keep.shape)
+                keep = keep | (best & aware[:, heads, None, None])
+            index, count = lists.compact(keep.unflatten(1, (hl, -1)).any(2))
+            tiles.append(lists.trim(index, count) * self.block)
+            counts.append(count)
+        wide = max(t.shape[-1] for t in tiles)
+        return torch.cat([pad(t, (0, wide - t.shape[-1])) for t in tiles], 1), torch.cat(counts, 1)
 
     def _trusts_pooling(self, x: AttnInput, kbar: Tensor, columns: Tensor) -> Tensor:
         """bool `[B, H]`: the pooled probe predicts the probability of each key block, `columns`, to within tau."""
@@ -108,11 +129,12 @@ class FlexPrefill(Method):
         least = min(-(-self.min_budget // size), most)
         forced = torch.arange(nk, device=columns.device) == 0
         out = []
+        many = needed(probe, m, self.gamma)
         for tokens, blocks, extra in (
-            (probe.columns[..., :m], columns, 1),
-            (probe.diagonals[..., :m], _block_diagonals(probe.diagonals[..., :m] / probe.rows, size), 2),
+            (many[0], columns, 1),
+            (many[1], _block_diagonals(probe.diagonals[..., :m] / probe.rows, size), 2),
         ):
-            need = top_p(tokens, self.gamma).sum(-1) // size + extra
+            need = tokens // size + extra
             need = torch.where(aware, least, need.clamp(least, most))
             out.append(top_k(blocks, need, forced=forced))
         return out[0], out[1]

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from .. import lists
 from ..errors import ConfigError
 from ..layout import Layout
 from ..scores.keys import pieces
-from ..scores.pooled import block_logits, block_pool, pool_keys
-from ..scores.probes import last_queries
-from ..select import top_k
+from ..scores.pooled import block_pool, fused, fused_rows, pool_keys, top_blocks
+from ..scores.probes import last_queries, vote
 from .base import AttnInput, Method, State, option
 
 PATTERNS = ("vertical_slash", "a_shape", "block_sparse")
@@ -23,6 +20,7 @@ LEAST_DIAGONALS = 50
 
 Entry = tuple[str, int, int]
 Profile = tuple[tuple[Entry, ...], ...]
+Sizes = tuple[int, ...]  # one number a list
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,8 @@ class MInference(Method):
             layout = mine if layout is None else Layout.by_head(torch.tensor(heads, device=x.device), mine, layout)
         return layout
 
-    def _sizes(self, x: AttnInput) -> tuple[list[str], Tensor, Tensor]:
-        """Pattern of each list, and its two sizes (int64 `[Hl]`)."""
+    def _sizes(self, x: AttnInput) -> tuple[list[str], Sizes, Sizes]:
+        """Pattern of each list, and its two sizes."""
         h = x.groups if self.share == "group" else x.q.shape[1]
         if self.profile is None:
             sizes = {
@@ -113,45 +111,30 @@ class MInference(Method):
                 have = f"{len(self.profile)} layers, {len(self.profile[min(x.layer, len(self.profile) - 1)])} heads"
                 raise ConfigError(f"minference: profile expected {x.layers} layers with {h} heads each, got {have}")
             entries = self.profile[x.layer]
-        a, b = (torch.tensor([e[i] for e in entries]) for i in (1, 2))
-        return [e[0] for e in entries], a, b
+        return [e[0] for e in entries], tuple(e[1] for e in entries), tuple(e[2] for e in entries)
 
     # ------------------------------------------------------------------ the three patterns, each for all heads
-    def _vertical_slash(self, x: AttnInput, a: Tensor, b: Tensor) -> Layout:
+    def _vertical_slash(self, x: AttnInput, a: Sizes, b: Sizes) -> Layout:
         m = x.start + x.q.shape[2]
         reduce = "max" if self.share == "group" else "none"
         probe = last_queries(x.q, x.kv, self.last_q, scale=x.scale, softcap=x.softcap, reduce=reduce)
-        at = torch.arange(probe.columns.shape[-1], device=x.device)
-        valid = at < m
-        columns = self._pick(probe.columns, a.clamp(min=self.sink), valid, at < self.sink)
-        diagonals = self._pick(probe.diagonals, b.clamp(min=max(LEAST_DIAGONALS, self.local)), valid, at < self.local)
+        columns = tuple(max(n, self.sink) for n in a)
+        diagonals = tuple(max(n, LEAST_DIAGONALS, self.local) for n in b)
+        c, c_count, d, d_count = vote(probe, m, columns, diagonals, sink=self.sink, local=self.local)
+        grid: dict[str, Any] = dict(block_q=BLOCK, tile_width=BLOCK, q_offset=x.offset(BLOCK), q_pos=x.layout_pos())
+        if (kernels := fused_rows(probe.columns)) is not None:  # what `factored` does, without waiting for the device
+            d, d_count = kernels.merge_diagonals(d, d_count, BLOCK, BLOCK)
+            return Layout(x.shape, columns=c, column_count=c_count, diagonals=d, diagonal_count=d_count, **grid)
         return Layout.factored(
-            x.shape,
-            columns=columns[0],
-            column_count=columns[1],
-            diagonals=diagonals[0],
-            diagonal_count=diagonals[1],
-            block_q=BLOCK,
-            tile_width=BLOCK,
-            q_offset=x.offset(BLOCK),
-            q_pos=x.layout_pos(),
-            validate=False,
+            x.shape, columns=c, column_count=c_count, diagonals=d, diagonal_count=d_count, validate=False, **grid
         )
 
-    @staticmethod
-    def _pick(score: Tensor, sizes: Tensor, valid: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices and counts of the `sizes[h]` best of each head, `[B, Hl, widest]` and `[B, Hl]`."""
-        wide = int(sizes.max())
-        same = wide == int(sizes.min())
-        mask = top_k(score, wide if same else sizes.to(score.device), valid=valid, forced=forced)
-        index, count = lists.compact(mask)
-        return index[..., :wide], count
-
-    def _a_shape(self, x: AttnInput, a: Tensor, b: Tensor) -> Layout:
+    def _a_shape(self, x: AttnInput, a: Sizes, b: Sizes) -> Layout:
+        same = len(set(a)) == len(set(b)) == 1  # a number needs no copy to the device
         return Layout.static(
             x.shape,
-            sink=a,
-            window=b,
+            sink=a[0] if same else torch.tensor(a),
+            window=b[0] if same else torch.tensor(b),
             block_q=BLOCK,
             q_offset=x.offset(BLOCK),
             q_pos=x.layout_pos(),
@@ -159,34 +142,25 @@ class MInference(Method):
             validate=False,
         )
 
-    def _block_sparse(self, x: AttnInput, a: Tensor, b: Tensor) -> Layout:
-        bn, _, n, _ = x.shape
-        offset, first = x.offset(BLOCK), x.start // BLOCK
-        kbar = pool_keys(x.kv, BLOCK)
+    def _block_sparse(self, x: AttnInput, a: Sizes, b: Sizes) -> Layout:
+        n, offset, first = x.q.shape[2], x.offset(BLOCK), x.start // BLOCK
+        kbar = pool_keys(x.kv, BLOCK)[:, :, : -(-(x.start + n) // BLOCK)]
         qbar = block_pool(x.q, BLOCK, offset=offset)
-        nq, nk = qbar.shape[2], -(-(x.start + n) // BLOCK)
-        kbar = kbar[:, :, :nk]
-        wide = min(int(a.max()), nk)
-        block = torch.arange(nk, device=x.device)
-        tiles, counts = [], []
-        for lo, hi in pieces(nq, 8 * bn * x.q.shape[1] * nk):  # selecting holds about eight numbers a pair
-            score = block_logits(qbar[:, :, lo:hi], kbar)
-            if self.share == "group":
-                score = score.unflatten(1, (x.groups, -1)).amax(2)
-            row = torch.arange(first + lo, first + hi, device=x.device)[:, None]
-            forced = (block == row) | (block == 0)
-            k = a.to(x.device).view(-1, 1).expand(*score.shape[:-1]) if int(a.min()) < wide else wide
-            index, count = lists.compact(top_k(score, k, valid=block <= row, forced=forced))
-            tiles.append(index[..., : max(wide, 2)] * BLOCK)
-            counts.append(count)
+        cost = 8 * x.q.shape[1] * kbar.shape[2]
+        if fused(qbar) is not None:  # one number a pair instead of eight, and a GiB of them rather than one look a piece
+            cost //= 128
+        parts = [
+            top_blocks(qbar[:, :, lo:hi], kbar, a, first=first + lo, block=BLOCK, group=self.share == "group")
+            for lo, hi in pieces(qbar.shape[2], cost)
+        ]
         return Layout(
             x.shape,
             block_q=BLOCK,
             q_offset=offset,
             tile_width=BLOCK,
             q_pos=x.layout_pos(),
-            tiles=torch.cat(tiles, 2),
-            tile_count=torch.cat(counts, 2),
+            tiles=torch.cat([t for t, _ in parts], 2),
+            tile_count=torch.cat([c for _, c in parts], 2),
         )
 
 

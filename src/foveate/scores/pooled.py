@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from .. import lists
 from ..errors import ConfigError
 from ..kv import KV
+from ..select import top_k
 from .keys import pieces, read_keys
 
 _EMPTY = {"mean": 0.0, "sum": 0.0, "max": float("-inf"), "min": float("inf")}
@@ -29,6 +36,8 @@ def block_pool(x: Tensor, block: int, kind: str = "mean", *, offset: int = 0, va
         raise ConfigError(f"kind: expected one of {', '.join(_EMPTY)}, got {kind!r}")
     if not 0 <= offset < block:
         raise ConfigError(f"offset: expected 0 <= offset < block = {block}, got {offset}")
+    if kind == "mean" and valid is None and x.dim() == 4 and x.numel() and (kernels := fused(x)) is not None:
+        return kernels.block_means(x, block, offset)
     if valid is not None:
         x = torch.where(valid[..., None], x, _EMPTY[kind])
     if kind == "mean" and valid is not None:
@@ -88,3 +97,53 @@ def block_softmax(logits: Tensor, first: int = 0) -> Tensor:
     """Probabilities over the causal key blocks of each row of `[..., nq, nk]`; exactly 0 on the others."""
     seen = causal_blocks(logits.shape[-2], logits.shape[-1], first, logits.device)
     return logits.masked_fill(~seen, float("-inf")).softmax(-1)
+
+
+def top_blocks(
+    qbar: Tensor, kbar: Tensor, keep: tuple[int, ...], *, first: int, block: int, group: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Per block of queries the key blocks of highest score q . k, the first and the diagonal one among them.
+
+    Args:
+        qbar: pooled queries `[B, H, nq, D]`, the first one block number `first`. kbar: pooled keys `[B, G, nk, D]`.
+        keep: blocks of a row, for each of the Hl lists. block: rows of a block.
+        group: the heads of a kv head share a list (Hl = G) and rank by their highest score; else Hl = H.
+
+    Returns:
+        First entries of these blocks, int32 `[B, Hl, nq, widest]`, ascending, padded with the row's last; counts int32
+        `[B, Hl, nq]`. Equal scores go to the lower block. Holds about eight numbers a pair of blocks and head, or one on
+        a GPU, where two kernels do this and nothing waits for the device.
+    """
+    nq, (g, nk) = qbar.shape[2], kbar.shape[1:3]
+    if (kernels := fused(qbar)) is not None and nk <= kernels.BLOCKS:
+        score = kernels.block_scores(qbar, kbar, 1.0, None, first, softmax=False, group=group)
+        return kernels.top_blocks(score, first, block, keep=keep)
+    wide, device = min(max(keep), nk), qbar.device
+    score = block_logits(qbar, kbar)
+    if group:
+        score = score.unflatten(1, (g, -1)).amax(2)
+    number, row = torch.arange(nk, device=device), torch.arange(first, first + nq, device=device)[:, None]
+    k = torch.tensor(keep, device=device).view(-1, 1).expand(*score.shape[:-1]) if min(keep) < wide else wide
+    index, count = lists.compact(top_k(score, k, valid=number <= row, forced=(number == row) | (number == 0)))
+    return index[..., : max(wide, 2)] * block, count
+
+
+def fused(t: Tensor) -> ModuleType | None:
+    """The Triton kernels of the estimators if they compute on tensors like t; never imported without a device for them."""
+    if t.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    module = _module()
+    return module if module is not None and module.usable(t) else None
+
+
+def fused_rows(t: Tensor) -> ModuleType | None:
+    """The same for rows of scores `[..., n]` of any length."""
+    return fused(t[..., :1])
+
+
+@functools.cache
+def _module() -> ModuleType | None:
+    try:
+        return importlib.import_module("..kernels.triton.estimate_launch", __package__)
+    except ImportError:
+        return None

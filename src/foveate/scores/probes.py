@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .. import lists
 from ..errors import ConfigError
 from ..kv import KV
+from ..select import top_k, top_p
 from .keys import BUDGET, pieces, read_keys
+from .pooled import fused, fused_rows
 
 REDUCE = ("none", "max", "sum")
 
@@ -43,7 +46,7 @@ def last_queries(
 
     The queries are the last N positions before `kv.len` and positions are entry numbers (nothing evicted), so a later
     chunk of a prompt (M > N) is probed at its true distances. Costs rows * M * D multiply-adds a head; holds about
-    `budget` numbers, whatever M.
+    `budget` numbers, whatever M. On a GPU two kernels do this for dense storage and up to 128 rows, in tiles.
 
     Args:
         q: `[B, H, N, D]`. kv: a view of M >= N entries, G kv heads; `kv.bias` is added to the logits.
@@ -54,6 +57,9 @@ def last_queries(
     b, h, n, d = q.shape
     _, g, m, _, _ = kv.shape
     r, rows = h // g, min(rows, n)
+    if (kernels := fused(q)) is not None and kernels.probes(q, kv, rows):
+        both = kernels.last_queries(q, kv, rows, scale, softcap).unflatten(2, (g, r))
+        return Probe(_group(both[0], reduce), _group(both[1], reduce), rows)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     q = (q[:, :, n - rows :].to(acc) * scale).view(b, g, r, rows, d)
     ends = kv.lengths()
@@ -79,6 +85,42 @@ def last_queries(
             at = (ends[:, g0:g1, None] - rows + hi - entry).clamp(0, m)  # [B, g, M]
             diagonals[:, g0:g1] += by_offset.gather(-1, at[:, :, None].expand(-1, -1, r, -1))
     return Probe(_group(columns, reduce), _group(diagonals, reduce), rows)
+
+
+def vote(
+    probe: Probe, m: int, columns: tuple[int, ...], diagonals: tuple[int, ...], *, sink: int, local: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The keys and the distances with the most mass of each head, among the first m.
+
+    Args:
+        columns, diagonals: how many of each, for each of the probe's Hl heads.
+        sink, local: the first keys, and the nearest distances, are always in and count towards these numbers.
+
+    Returns:
+        (keys, counts, distances, counts): int32 `[B, Hl, most]`, ascending, padded with the row's last, and int32
+        `[B, Hl]`, twice. Equal mass goes to the lower number. Nothing waits for the device.
+    """
+    x = probe.columns
+    if m == x.shape[-1] and (kernels := fused_rows(x)) is not None:
+        forced = (min(sink, m),) * len(columns) + (min(local, m),) * len(diagonals)
+        return kernels.top_entries(torch.stack((x, probe.diagonals)), columns + diagonals, forced)
+    at = torch.arange(x.shape[-1], device=x.device)
+    out: list[Tensor] = []
+    for score, sizes, least in ((x, columns, sink), (probe.diagonals, diagonals, local)):
+        wide = max(max(sizes), least)
+        k = wide if wide == min(sizes) else torch.tensor(sizes, device=x.device)
+        index, count = lists.compact(top_k(score, k, valid=at < m, forced=at < least))
+        out += [index[..., :wide], count]
+    return out[0], out[1], out[2], out[3]
+
+
+def needed(probe: Probe, m: int, share: float) -> tuple[Tensor, Tensor]:
+    """How many of the first m keys, and of the distances, hold `share` of their mass: integers `[B, Hl]` twice."""
+    x = probe.columns
+    if m == x.shape[-1] and (kernels := fused_rows(x)) is not None:
+        both = kernels.mass_counts(torch.stack((x, probe.diagonals)), share)
+        return both[0], both[1]
+    return top_p(x[..., :m], share).sum(-1), top_p(probe.diagonals[..., :m], share).sum(-1)
 
 
 def _diagonal_sums(p: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ The kernel (`walk.attend`) reads lists as they are: tiles of any width, single e
 kernel. Columns beside diagonals are compacted per query block first, in pieces of at most `SCRATCH` bytes. When a call
 has too few tiles of query rows to fill the device (decode), several programs share one tile's keys and a second kernel
 reduces them. Nothing waits for the device. Query heads that share their lists share a tile, so that K and V are read
-once per kv head. One query a row over nothing but tiles (Quest and its kin) takes a shorter way: `paging.py`.
+once per kv head. One query a row over nothing but tiles (Quest and its kin) takes a shorter way: `paging.py`. Lists of
+tiles for every single one of many query rows (NSA and its kin) have kernels of their own: `tokens.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from ...kv import KV
 from ...layout import RULE_FIELDS, Layout
 from ..base import Want
-from . import paging_launch, walk
+from . import paging_launch, tokens, walk
 from .config import config, device, rows_limit
 
 NAME = "triton"
@@ -62,6 +63,8 @@ def forward(
         q, scale = -q, -scale
     if paging_launch.serves(q, kv, layout, softcap):
         return *paging_launch.attend(q, kv, layout, scale, want.lse), None
+    if tokens.serves(q, kv, layout, softcap):
+        return *tokens.attend(q, kv, layout, scale, want.lse), None
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, kv.k, kv.v))
     d_pad, dv_pad = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
     shared, cores = device(q.device.index if q.device.type == "cuda" else None)
