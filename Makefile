@@ -14,7 +14,7 @@ demo: install
 	$(BIN)/foveate compare --model $(MODEL) --tokens $(TOKENS) --report report --json report/compare.json
 
 test: install-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # A look at quality in minutes: SmolLM2, dense beside one recipe, four tasks. The folder eval-smoke can be resumed.
 eval-smoke: install-dev

@@ -90,6 +90,13 @@ def figures(found: dict[str, dict[str, Any]]) -> str:
             f"Backward of block lists on one {backward['device']}, the same shapes, 32K tokens; TFLOP/s over kept pairs:\n\n"
             + backward_table(backward)
         )
+    if (quality := evaluations(found).get("eval_smollm2")) is not None:
+        names = "; ".join(f"{i} `{r['recipe']}`" for i, r in enumerate(quality["recipes"], 1))
+        out.append(
+            f"Quality against cost of {quality['facts']['model']} on one {quality['facts']['hardware']}, over retrieval "
+            "tasks that dense does; a model of 135 million parameters tests methods, it does not stand for large models. "
+            f"{names}:\n\n![Score against density, time and memory](benchmarks/figures/eval_smollm2.svg)"
+        )
     return "\n\n".join(out)
 
 
