@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from foveate.adapters.transformers import use
 from foveate.errors import ConfigError, ShapeError, UnsupportedError
-from foveate.evals import stream
+from foveate.evals import agreement, stream
 from foveate.evals.agreement import Fidelity, by_position, measure
 from foveate.evals.stream import Head, documents, key_tokens, reference, short_context, short_losses
 from foveate.evals.text import Source
@@ -149,18 +149,36 @@ class Rows(Fidelity):
         self.__dict__.setdefault("seen", []).append((far, 2 * (1 - kept.double()) * largest[:, None]))
 
 
-@pytest.mark.parametrize("recipe, phase", [(SPARSE, "prefill"), (SPARSE, "decode"), (SNAP, "decode"), (QUEST, "decode")])
-def test_the_error_of_a_row_is_bounded_by_its_lost_mass(model, ids, recipe, phase):
-    """||o - o_S|| <= 2 (1 - mass) max ||v||, for every row, exactly."""
+def rows_of(model, ids, recipe, phase):
+    """What the meter compares over a prompt and the steps after it."""
     meter = Rows(Recipe.of(recipe), phase=phase)
     with use(model, recipe) as handle, torch.no_grad():
         handle.meter = meter
         cache = model(input_ids=ids[:, : N - STEPS], use_cache=True).past_key_values
         for t in range(N - STEPS, N):
             model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-    assert len(meter.seen) == (3 if phase == "prefill" else 3 * STEPS)
+    return meter.seen
+
+
+@pytest.mark.parametrize("recipe", [SPARSE, SNAP, QUEST])
+def test_steps_that_are_not_looked_at_change_nothing(model, ids, recipe, monkeypatch):
+    few = rows_of(model, ids, recipe, "decode")
+    monkeypatch.setattr(agreement, "EVERY", 1)
+    every = rows_of(model, ids, recipe, "decode")
+    at = [3 * step + layer for step in range(0, STEPS, 8) for layer in range(3)]
+    assert len(every) == 3 * STEPS and len(few) == len(at) < len(every)
+    for (far, bound), i in zip(few, at, strict=True):
+        assert torch.equal(far, every[i][0]) and torch.equal(bound, every[i][1])
+
+
+@pytest.mark.parametrize("recipe, phase", [(SPARSE, "prefill"), (SPARSE, "decode"), (SNAP, "decode"), (QUEST, "decode")])
+def test_the_error_of_a_row_is_bounded_by_its_lost_mass(model, ids, recipe, phase, monkeypatch):
+    """||o - o_S|| <= 2 (1 - mass) max ||v||, for every row, exactly."""
+    monkeypatch.setattr(agreement, "EVERY", 1)
+    seen = rows_of(model, ids, recipe, phase)
+    assert len(seen) == (3 if phase == "prefill" else 3 * STEPS)
     tight = 0.0
-    for far, bound in meter.seen:
+    for far, bound in seen:
         assert (far <= bound + 1e-5).all()
         tight = max(tight, float((far / bound.clamp(min=1e-3)).max()))
     assert tight > 0.05  # the errors are not all zero
