@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 MODEL ?= smollm2
 TOKENS ?= 7000
+SAMPLES ?= 2
 
 .PHONY: demo test eval-smoke lint types check benchmarks clean install install-dev
 
@@ -16,10 +17,11 @@ demo: install
 test: install-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# A look at quality in minutes: SmolLM2, dense beside one recipe, four tasks. The folder eval-smoke can be resumed.
+# A look at quality: SmolLM2, dense beside one recipe, four tasks. Two samples take about 7 minutes on two AVX2 cores, five
+# (SAMPLES=5) about 14; the folder eval-smoke can be resumed.
 eval-smoke: install-dev
 	$(BIN)/foveate eval --model $(MODEL) --recipes minference@8k --suites needle_word,passkey,kv_retrieval,vt \
-	  --lengths 2048,4096 --samples 5 --looks 1 --rounds 1 --out eval-smoke
+	  --lengths 2048,4096 --samples $(SAMPLES) --looks 1 --rounds 1 --out eval-smoke
 	$(BIN)/foveate frontier --out eval-smoke
 
 lint: install-dev
