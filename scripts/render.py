@@ -38,6 +38,8 @@ def drawings(found: dict[str, dict[str, Any]]) -> dict[Path, str]:
 
     out = {}
     for stem, data in evaluations(found).items():
+        if len(data["recipes"]) < 2:  # dense alone has no front
+            continue
         path, own = FIGURES / f"{stem}.svg", points_of(data)
         there = path.read_text() if path.exists() else ""
         numbers = {r["settings"]: i for i, r in enumerate(data["recipes"], 1)}

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import run_in_the_interpreter, runs_without_triton
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_in_the_interpreter():
         pytest.importorskip("triton")
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        here = Path(__file__)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here)]
-        done = subprocess.run(command, env=env, cwd=here.parents[1], capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_in_the_interpreter(__file__)
 
     def test_no_triton_without_a_device():
         """Planning on the CPU never imports Triton."""
         code = (
-            "import sys, torch; from foveate.registry import parse; from tests.prompts import call, prompt;"
+            "import torch; from foveate.registry import parse; from tests.prompts import call, prompt;"
             "from foveate.methods.base import State; x = call(*prompt('random', m=200));"
-            "[parse(m).plan(x, State()) for m in ('minference', 'minference:pattern=block_sparse', 'flexprefill:block=16')];"
-            "assert 'triton' not in sys.modules"
+            "[parse(m).plan(x, State()) for m in ('minference', 'minference:pattern=block_sparse', 'flexprefill:block=16')]"
         )
-        done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        runs_without_triton(code)
 
 else:
     from foveate.kernels.triton import estimate_launch as kernels

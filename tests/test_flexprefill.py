@@ -189,14 +189,14 @@ def test_pooled_guess_that_is_exact_is_trusted():
 
 
 def test_work_in_pieces_is_the_same(monkeypatch):
-    from foveate.methods import flexprefill
+    from foveate.scores import pairs
     from foveate.scores.keys import pieces
 
     q, k, v = prompt("random", m=200)
     q[:, 2:] *= 3  # so that the groups keep different numbers of blocks
     method = FlexPrefill(**SMALL, tau=0.2)
     whole = method.plan(call(q, k, v), State())
-    monkeypatch.setattr(flexprefill, "pieces", lambda total, cost: pieces(total, cost, 1))
+    monkeypatch.setattr(pairs, "pieces", lambda total, cost: pieces(total, cost, 1))
     cut = method.plan(call(q, k, v), State())
     assert torch.equal(cut.to_mask(), whole.to_mask())
     cut.validate()

@@ -160,13 +160,13 @@ def test_block_sparse_is_the_card(shape, m, start, blocks):
 
 
 def test_work_in_pieces_is_the_same(monkeypatch):
-    from foveate.methods import minference
+    from foveate.scores import pooled
     from foveate.scores.keys import pieces
 
     q, k, v = prompt("blocks", m=600)
     method = MInference(pattern="block_sparse", blocks=3)
     whole = method.plan(call(q, k, v), State()).to_mask()
-    monkeypatch.setattr(minference, "pieces", lambda total, cost: pieces(total, cost, 100))
+    monkeypatch.setattr(pooled, "pieces", lambda total, cost: pieces(total, cost, 100))
     assert torch.equal(method.plan(call(q, k, v), State()).to_mask(), whole)
 
 

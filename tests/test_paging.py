@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import run_in_the_interpreter, runs_without_triton
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_in_the_interpreter():
         pytest.importorskip("triton")
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        here = Path(__file__)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here)]
-        done = subprocess.run(command, env=env, cwd=here.parents[1], capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_in_the_interpreter(__file__)
 
     def test_no_triton_without_a_device():
         """Planning on the CPU never imports Triton."""
         code = (
-            "import sys, torch; from foveate.kv import KV; from foveate.scores.bounds import Bounds; b = Bounds(16);"
-            "k = torch.randn(1, 2, 100, 8); kv = KV.dense(k, k); b.update(kv); b.top(k[:, :, :1], kv, 3, group=True);"
-            "assert 'triton' not in sys.modules"
+            "import torch; from foveate.kv import KV; from foveate.scores.bounds import Bounds; b = Bounds(16);"
+            "k = torch.randn(1, 2, 100, 8); kv = KV.dense(k, k); b.update(kv); b.top(k[:, :, :1], kv, 3, group=True)"
         )
-        done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        runs_without_triton(code)
 
 else:
     from foveate.kernels import triton as backend

@@ -7,21 +7,16 @@ TRITON_INTERPRET=1; the rest of the suite keeps the compiler.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import run_in_the_interpreter
+
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_in_the_interpreter():
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        here = Path(__file__)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here)]
-        done = subprocess.run(command, env=env, cwd=here.parents[1], capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_in_the_interpreter(__file__)
 
     def test_reasons_without_a_device():
         from foveate.kernels import triton as kernels

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import run_in_the_interpreter
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_in_the_interpreter():
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        here = Path(__file__)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here)]
-        done = subprocess.run(command, env=env, cwd=here.parents[1], capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_in_the_interpreter(__file__)
 
     def test_torch_keeps_the_backward_on_the_cpu():
         from foveate.kernels import dispatch, torch_gather

@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import lists
 from ..layout import Layout
 from ..scores.divergence import jensen_shannon
-from ..scores.keys import pieces
-from ..scores.pooled import block_logits, block_pool, block_softmax, causal_blocks, fused, pool_keys
+from ..scores.pairs import union
+from ..scores.pooled import block_logits, block_pool, pool_keys
 from ..scores.probes import Probe, last_queries, needed
-from ..select import top_k, top_p
+from ..select import top_k
 from .base import AttnInput, Method, State, option
-
-WHOLE = 1 << 26  # pairs of blocks that a GPU holds at once (256 MiB of scores): beyond, lists are trimmed to what is kept
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,19 @@ class FlexPrefill(Method):
         aware = self._trusts_pooling(x, kbar, columns)
         col, diag = self._vertical_slash(probe, columns, aware, m)
         qbar = block_pool(x.q, size, offset=offset)
-        tiles, count = self._lists(x, qbar, kbar, col, diag, aware)
+        tiles, count = union(
+            col,
+            diag,
+            qbar,
+            kbar,
+            aware if self.tau > 0 else None,
+            self.gamma,
+            first=x.start // size,
+            block=size,
+            scale=x.scale,
+            softcap=x.softcap,
+            group=self.share == "group",
+        )
         return Layout(
             x.shape,
             block_q=size,
@@ -78,43 +87,6 @@ class FlexPrefill(Method):
             tiles=tiles,
             tile_count=count,
         )
-
-    def _lists(
-        self, x: AttnInput, qbar: Tensor, kbar: Tensor, col: Tensor, diag: Tensor, aware: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Union of block columns, block diagonals and, where `aware`, pairs: first keys of the blocks and counts."""
-        (b, h, nq, _), g, nk, first = qbar.shape, x.groups, kbar.shape[2], x.start // self.block
-        kernels = fused(qbar)
-        if kernels is not None and nk > kernels.BLOCKS:
-            kernels = None
-        causal = causal_blocks(nq, nk, first, x.device)
-        gap = (torch.arange(first, first + nq, device=x.device)[:, None] - torch.arange(nk, device=x.device)).clamp(min=0)
-        pairs = b * (h // g) * nq * nk
-        work = list(pieces(g, 8 * pairs) if kernels is None else pieces(g, pairs, WHOLE))  # sorting holds eight numbers
-        tiles, counts = [], []
-        for lo, hi in work:
-            heads = slice(lo * (h // g), hi * (h // g))
-            args = qbar[:, heads], kbar[:, lo:hi], x.scale, x.softcap
-            hl = hi - lo if self.share == "group" else (hi - lo) * (h // g)
-            if kernels is not None:
-                some, live, prob = (col[:, heads], diag[:, heads]), aware[:, heads], None
-                if self.tau > 0:
-                    prob = kernels.block_scores(*args, first, softmax=True, live=live.contiguous().view(torch.int8))
-                index, count = kernels.pair_lists(*some, live, prob, self.gamma, first, self.block, nq, lists=hl)
-                tiles.append(index if len(work) == 1 else lists.trim(index, count))
-                counts.append(count)
-                continue
-            keep = (col[:, heads, None, :] | diag[:, heads][..., gap]) & causal
-            # Sorting every pair of blocks is the dear part: worth one look whether any head asks for it.
-            if self.tau > 0 and bool(aware[:, heads].any()):
-                prob = block_softmax(block_logits(*args), first)
-                best = top_p(prob.flatten(-2), self.gamma, valid=causal.flatten()).view(keep.shape)
-                keep = keep | (best & aware[:, heads, None, None])
-            index, count = lists.compact(keep.unflatten(1, (hl, -1)).any(2))
-            tiles.append(lists.trim(index, count) * self.block)
-            counts.append(count)
-        wide = max(t.shape[-1] for t in tiles)
-        return torch.cat([pad(t, (0, wide - t.shape[-1])) for t in tiles], 1), torch.cat(counts, 1)
 
     def _trusts_pooling(self, x: AttnInput, kbar: Tensor, columns: Tensor) -> Tensor:
         """bool `[B, H]`: the pooled probe predicts the probability of each key block, `columns`, to within tau."""

@@ -9,9 +9,8 @@ import torch
 
 from ..errors import ConfigError
 from ..layout import Layout
-from ..scores.keys import pieces
-from ..scores.pooled import block_pool, fused, fused_rows, pool_keys, top_blocks
-from ..scores.probes import last_queries, vote
+from ..scores.pooled import block_pool, pool_keys, top_blocks
+from ..scores.probes import factored, last_queries, vote
 from .base import AttnInput, Method, State, option
 
 PATTERNS = ("vertical_slash", "a_shape", "block_sparse")
@@ -120,14 +119,9 @@ class MInference(Method):
         probe = last_queries(x.q, x.kv, self.last_q, scale=x.scale, softcap=x.softcap, reduce=reduce)
         columns = tuple(max(n, self.sink) for n in a)
         diagonals = tuple(max(n, LEAST_DIAGONALS, self.local) for n in b)
-        c, c_count, d, d_count = vote(probe, m, columns, diagonals, sink=self.sink, local=self.local)
+        chosen = vote(probe, m, columns, diagonals, sink=self.sink, local=self.local)
         grid: dict[str, Any] = dict(block_q=BLOCK, tile_width=BLOCK, q_offset=x.offset(BLOCK), q_pos=x.layout_pos())
-        if (kernels := fused_rows(probe.columns)) is not None:  # what `factored` does, without waiting for the device
-            d, d_count = kernels.merge_diagonals(d, d_count, BLOCK, BLOCK)
-            return Layout(x.shape, columns=c, column_count=c_count, diagonals=d, diagonal_count=d_count, **grid)
-        return Layout.factored(
-            x.shape, columns=c, column_count=c_count, diagonals=d, diagonal_count=d_count, validate=False, **grid
-        )
+        return factored(x.shape, chosen, **grid)
 
     def _a_shape(self, x: AttnInput, a: Sizes, b: Sizes) -> Layout:
         same = len(set(a)) == len(set(b)) == 1  # a number needs no copy to the device
@@ -146,21 +140,15 @@ class MInference(Method):
         n, offset, first = x.q.shape[2], x.offset(BLOCK), x.start // BLOCK
         kbar = pool_keys(x.kv, BLOCK)[:, :, : -(-(x.start + n) // BLOCK)]
         qbar = block_pool(x.q, BLOCK, offset=offset)
-        cost = 8 * x.q.shape[1] * kbar.shape[2]
-        if fused(qbar) is not None:  # one number a pair instead of eight, and a GiB of them rather than one look a piece
-            cost //= 128
-        parts = [
-            top_blocks(qbar[:, :, lo:hi], kbar, a, first=first + lo, block=BLOCK, group=self.share == "group")
-            for lo, hi in pieces(qbar.shape[2], cost)
-        ]
+        tiles, count = top_blocks(qbar, kbar, a, first=first, block=BLOCK, group=self.share == "group")
         return Layout(
             x.shape,
             block_q=BLOCK,
             q_offset=offset,
             tile_width=BLOCK,
             q_pos=x.layout_pos(),
-            tiles=torch.cat([t for t, _ in parts], 2),
-            tile_count=torch.cat([c for _, c in parts], 2),
+            tiles=tiles,
+            tile_count=count,
         )
 
 

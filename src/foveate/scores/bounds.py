@@ -5,9 +5,6 @@ Tang et al. 2024, "Quest: Query-Aware Sparsity for Efficient Long-Context LLM In
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
 from types import ModuleType
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..kv import KV
 from ..select import top_indices
+from . import fused
 
 
 class Bounds:
@@ -81,7 +79,7 @@ class Bounds:
         """
         assert self.data is not None
         pages = -(-self.done // self.page)
-        if (kernels := _kernels(q)) is not None:
+        if (kernels := fused.pages(q)) is not None:
             score = kernels.score(q, self.data, pages, self.page, kv.len, group=group)
             return kernels.select(score, keep, self.page, kv.len)
         score = self.score(q)
@@ -120,7 +118,7 @@ class Bounds:
         """
         few = self.data is not None and 0 <= kv.capacity - self.done <= 64 * self.page
         same = (kv.len is None) == (self.len is None) and kv.pos is None and kv.kind != "ragged"
-        return _kernels(kv.k) if few and same else None
+        return fused.pages(kv.k) if few and same else None
 
     def _same(self, lengths: Tensor | None) -> bool:
         if lengths is None or self.len is None:
@@ -170,19 +168,3 @@ class Bounds:
         if kv.kind == "dense":
             return kv.k.gather(2, entries[..., None].expand(-1, -1, -1, kv.k.shape[-1]))
         return kv.flat()[0][kv.rows(entries)]
-
-
-def _kernels(t: Tensor) -> ModuleType | None:
-    """The Triton kernels of these scores if they compute on tensors like t; never imported without a device for them."""
-    if t.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    module = _module()
-    return module if module is not None and module.usable(t) else None
-
-
-@functools.cache
-def _module() -> ModuleType | None:
-    try:
-        return importlib.import_module("..kernels.triton.paging_launch", __package__)
-    except ImportError:
-        return None

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -14,6 +9,7 @@ from .. import lists
 from ..errors import ConfigError
 from ..kv import KV
 from ..select import top_k
+from . import fused
 from .keys import pieces, read_keys
 
 _EMPTY = {"mean": 0.0, "sum": 0.0, "max": float("-inf"), "min": float("inf")}
@@ -36,7 +32,7 @@ def block_pool(x: Tensor, block: int, kind: str = "mean", *, offset: int = 0, va
         raise ConfigError(f"kind: expected one of {', '.join(_EMPTY)}, got {kind!r}")
     if not 0 <= offset < block:
         raise ConfigError(f"offset: expected 0 <= offset < block = {block}, got {offset}")
-    if kind == "mean" and valid is None and x.dim() == 4 and x.numel() and (kernels := fused(x)) is not None:
+    if kind == "mean" and valid is None and x.dim() == 4 and x.numel() and (kernels := fused.estimates(x)) is not None:
         return kernels.block_means(x, block, offset)
     if valid is not None:
         x = torch.where(valid[..., None], x, _EMPTY[kind])
@@ -111,39 +107,37 @@ def top_blocks(
 
     Returns:
         First entries of these blocks, int32 `[B, Hl, nq, widest]`, ascending, padded with the row's last; counts int32
-        `[B, Hl, nq]`. Equal scores go to the lower block. Holds about eight numbers a pair of blocks and head, or one on
-        a GPU, where two kernels do this and nothing waits for the device.
+        `[B, Hl, nq]`. Equal scores go to the lower block. Rows go in pieces of bounded memory; on a GPU two kernels do this
+        and nothing waits for the device.
     """
-    nq, (g, nk) = qbar.shape[2], kbar.shape[1:3]
-    if (kernels := fused(qbar)) is not None and nk <= kernels.BLOCKS:
-        score = kernels.block_scores(qbar, kbar, 1.0, None, first, softmax=False, group=group)
-        return kernels.top_blocks(score, first, block, keep=keep)
-    wide, device = min(max(keep), nk), qbar.device
+    (b, h, nq, _), nk = qbar.shape, kbar.shape[2]
+    kernels = fused.estimates(qbar)
+    if kernels is not None and nk > kernels.BLOCKS:
+        kernels = None
+    cost = 8 * b * h * nk if kernels is None else b * h * nk // 16  # kernels hold one number a pair, and a GiB of them
+    tiles, counts = [], []
+    for lo, hi in pieces(nq, cost):
+        some, at = qbar[:, :, lo:hi], first + lo
+        if kernels is not None:
+            score = kernels.block_scores(some, kbar, 1.0, None, at, softmax=False, group=group)
+            index, count = kernels.top_blocks(score, at, block, keep=keep)
+        else:
+            index, count = _top_blocks(some, kbar, keep, at, group)
+            index = index * block
+        tiles.append(index)
+        counts.append(count)
+    if len(tiles) == 1:  # joining one part would copy it
+        return tiles[0], counts[0]
+    return torch.cat(tiles, 2), torch.cat(counts, 2)
+
+
+def _top_blocks(qbar: Tensor, kbar: Tensor, keep: tuple[int, ...], first: int, group: bool) -> tuple[Tensor, Tensor]:
+    nq, (g, nk), device = qbar.shape[2], kbar.shape[1:3], qbar.device
+    wide = min(max(keep), nk)
     score = block_logits(qbar, kbar)
     if group:
         score = score.unflatten(1, (g, -1)).amax(2)
     number, row = torch.arange(nk, device=device), torch.arange(first, first + nq, device=device)[:, None]
     k = torch.tensor(keep, device=device).view(-1, 1).expand(*score.shape[:-1]) if min(keep) < wide else wide
     index, count = lists.compact(top_k(score, k, valid=number <= row, forced=(number == row) | (number == 0)))
-    return index[..., : max(wide, 2)] * block, count
-
-
-def fused(t: Tensor) -> ModuleType | None:
-    """The Triton kernels of the estimators if they compute on tensors like t; never imported without a device for them."""
-    if t.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    module = _module()
-    return module if module is not None and module.usable(t) else None
-
-
-def fused_rows(t: Tensor) -> ModuleType | None:
-    """The same for rows of scores `[..., n]` of any length."""
-    return fused(t[..., :1])
-
-
-@functools.cache
-def _module() -> ModuleType | None:
-    try:
-        return importlib.import_module("..kernels.triton.estimate_launch", __package__)
-    except ImportError:
-        return None
+    return index[..., : max(wide, 2)], count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch.nn.functional import pad
 from .. import lists
 from ..errors import ConfigError
 from ..kv import KV
+from ..layout import Layout
 from ..select import top_k, top_p
+from . import fused
 from .keys import BUDGET, pieces, read_keys
-from .pooled import fused, fused_rows
 
 REDUCE = ("none", "max", "sum")
 
@@ -57,7 +59,7 @@ def last_queries(
     b, h, n, d = q.shape
     _, g, m, _, _ = kv.shape
     r, rows = h // g, min(rows, n)
-    if (kernels := fused(q)) is not None and kernels.probes(q, kv, rows):
+    if (kernels := fused.estimates(q)) is not None and kernels.probes(q, kv, rows):
         both = kernels.last_queries(q, kv, rows, scale, softcap).unflatten(2, (g, r))
         return Probe(_group(both[0], reduce), _group(both[1], reduce), rows)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -101,7 +103,7 @@ def vote(
         `[B, Hl]`, twice. Equal mass goes to the lower number. Nothing waits for the device.
     """
     x = probe.columns
-    if m == x.shape[-1] and (kernels := fused_rows(x)) is not None:
+    if m == x.shape[-1] and (kernels := fused.estimates(x[..., :1])) is not None:
         forced = (min(sink, m),) * len(columns) + (min(local, m),) * len(diagonals)
         return kernels.top_entries(torch.stack((x, probe.diagonals)), columns + diagonals, forced)
     at = torch.arange(x.shape[-1], device=x.device)
@@ -114,10 +116,20 @@ def vote(
     return out[0], out[1], out[2], out[3]
 
 
+def factored(shape: tuple[int, int, int, int], chosen: tuple[Tensor, Tensor, Tensor, Tensor], **grid: Any) -> Layout:
+    """The layout of `vote`'s keys and distances; close distances become one tile. `grid`: as in `Layout.factored`."""
+    keys, many, distances, count = chosen
+    if (kernels := fused.estimates(keys.new_empty(1, 1, dtype=torch.float32))) is None:
+        parts: dict[str, Any] = dict(columns=keys, column_count=many, diagonals=distances, diagonal_count=count)
+        return Layout.factored(shape, validate=False, **parts, **grid)
+    distances, count = kernels.merge_diagonals(distances, count, grid["block_q"], grid["tile_width"])
+    return Layout(shape, columns=keys, column_count=many, diagonals=distances, diagonal_count=count, **grid)
+
+
 def needed(probe: Probe, m: int, share: float) -> tuple[Tensor, Tensor]:
     """How many of the first m keys, and of the distances, hold `share` of their mass: integers `[B, Hl]` twice."""
     x = probe.columns
-    if m == x.shape[-1] and (kernels := fused_rows(x)) is not None:
+    if m == x.shape[-1] and (kernels := fused.estimates(x[..., :1])) is not None:
         both = kernels.mass_counts(torch.stack((x, probe.diagonals)), share)
         return both[0], both[1]
     return top_p(x[..., :m], share).sum(-1), top_p(probe.diagonals[..., :m], share).sum(-1)

@@ -1,0 +1,35 @@
+"""Where a score has a twin in Triton: one look-up for all of them. Without a device for it Triton is never imported."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+from torch import Tensor
+
+
+def pages(t: Tensor) -> ModuleType | None:
+    """The kernels of page bounds (`kernels/triton/paging_launch.py`) if they compute on tensors like t, else None."""
+    return _usable("paging_launch", t)
+
+
+def estimates(t: Tensor) -> ModuleType | None:
+    """The kernels of probes and pooled blocks (`kernels/triton/estimate_launch.py`), likewise."""
+    return _usable("estimate_launch", t)
+
+
+def _usable(name: str, t: Tensor) -> ModuleType | None:
+    if t.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    module = _module(name)
+    return module if module is not None and module.usable(t) else None
+
+
+@functools.cache
+def _module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"..kernels.triton.{name}", __package__)
+    except ImportError:
+        return None
