@@ -5,8 +5,8 @@
 
 Part "cost" times recipes in turns (nothing else may run then), "streams" measures running text, "tasks" asks questions:
 dense answers a few samples of every task; tasks it does at 60 % or more get all recipes and all samples, under the protocol
-"seen" and, for recipes with a cache policy, "unseen". Tasks and lengths can go to processes of their own and be joined. A
-folder can be resumed; when the time is over what is there stays. `foveate frontier --out FOLDER --summary FILE` makes the
+"seen" and, for recipes with a cache policy, "unseen". Tasks and lengths can go to processes of their own and be joined (no
+more than two or three on a GPU: each wait takes a time slice). A folder can be resumed; when the time is over what is there stays. `foveate frontier --out FOLDER --summary FILE` makes the
 tables.
 """
 
@@ -42,8 +42,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default="cost,streams,tasks")
     parser.add_argument("--tasks", help="only these, separated by commas")
+    parser.add_argument("--protocols", default="seen,unseen", help="of the tasks")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--screen", type=int, default=20, help="samples of the first look at what dense can do")
+    parser.add_argument("--looks", type=int, default=1, help="samples of a cell that are watched alone, slowly")
+    parser.add_argument("--rounds", type=int, default=3, help="of the cost")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -56,9 +59,10 @@ def main() -> None:
     source, began = Source.of(), time.monotonic()
     model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, say=print)
     every = [t for s in SUITES for t in tasks_of(s) if t.needs(source) is None]
-    wanted = [t.name for t in every if args.tasks is None or t.name in args.tasks.split(",")]
+    # with the suite in front: "needle" alone is a suite of three tasks
+    wanted = [f"{t.suite}/{t.name}" for t in every if args.tasks is None or t.name in args.tasks.split(",")]
     recipes = [r for r in args.recipes.split(";") if r]
-    parts = args.parts.split(",")
+    parts, protocols = args.parts.split(","), args.protocols.split(",")
     shown = ""
 
     def progress(what: str, share: float) -> None:
@@ -71,7 +75,7 @@ def main() -> None:
 
     def go(length: int, suites: list[str], recipes: list[str], samples: int, **options: object) -> None:
         batch = max(1, min(100, args.tokens // length))
-        some: dict = dict(rounds=0, looks=1) | options
+        some: dict = dict(rounds=0, looks=args.looks) | options
         try:
             run(model, tokenizer, out=args.out, name=Path(args.model).name, source=source, recipes=recipes, suites=suites,
                 lengths=[length], samples=samples, batch=batch, progress=progress, say=print, **some)  # fmt: skip
@@ -82,19 +86,21 @@ def main() -> None:
         for task in wanted:
             go(length, [task], ["dense"], args.screen)
         good = [
-            c.task for c in cells(Results.load(args.out))
+            f"{c.suite}/{c.task}" for c in cells(Results.load(args.out))
             if c.length == length and c.recipe == "dense" and c.protocol == "seen" and c.mean >= COUNTS
         ]  # fmt: skip
         print(f"{length}: dense does {', '.join(good) or 'nothing'}", flush=True)
         evicting = ["dense", *(r for r in recipes if Recipe.of(r).evicts)]
-        for task in good:
-            go(length, [task], recipes, args.samples)
-            go(length, [task], evicting, args.samples, protocols=["unseen"])
+        for task in (t for t in wanted if t in good):
+            if "seen" in protocols:
+                go(length, [task], recipes, args.samples)
+            if "unseen" in protocols:
+                go(length, [task], evicting, args.samples, protocols=["unseen"])
 
     try:
         for length in (int(n) for n in args.lengths.split(",")):
             if "cost" in parts:
-                go(length, ["passkey"], recipes, 1, rounds=3, looks=0)
+                go(length, ["infinite/passkey"], recipes, 1, rounds=args.rounds, looks=0)
             if "streams" in parts:
                 go(length, ["perplexity", "agreement"], recipes, args.samples)
             if "tasks" in parts:

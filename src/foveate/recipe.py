@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from . import registry
 from .errors import ConfigError, nearest
@@ -85,6 +86,12 @@ class Recipe:
             if method is not None and method not in out:
                 out.append(method)
         return out
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """How entries are stored: the cache policy's word, or {"kind": storage}."""
+        asked = {} if self.cache is None else self.cache.storage()  # type: ignore[union-attr]
+        return asked or {"kind": self.storage}
 
     @property
     def evicts(self) -> bool:

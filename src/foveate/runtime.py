@@ -82,7 +82,7 @@ def attention(recipe: Recipe, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor
     single = n == 1 and all(c == 1 for c in counts)
     if single and cache.pending:
         compress(recipe, cache, step, info)
-    cache.append(k, v, step.valid, counts, recipe.storage)
+    cache.append(k, v, step.valid, counts, recipe.stored)
     if single:
         return _decode(recipe, cache, q, step, info)
     out = _prefill(recipe, cache, q, v.shape[-1], step, info, counts)
@@ -135,7 +135,13 @@ def _plain(recipe: Recipe, method: Method | None) -> bool:
 def _decode(recipe: Recipe, cache: LayerCache, q: Tensor, step: Step, info: Info) -> Tensor:
     view = cache.store.view()  # type: ignore[union-attr]
     x = _input(q, view, "decode", info, step, 0, _positions(cache.seen, 1, q))
-    return _run(recipe, x, recipe.decode, step.state(cache), step, info)  # type: ignore[arg-type]
+    out = _run(recipe, x, recipe.decode, step.state(cache), step, info)  # type: ignore[arg-type]
+    policy: Method | None = recipe.cache  # type: ignore[assignment]
+    if policy is not None and type(policy).evict is not Method.evict and info.window is None:
+        keep = policy.evict(x, step.state(cache))
+        if keep is not None:
+            cache.select(keep, [keep.row(i) for i in range(q.shape[0])])
+    return out
 
 
 # ---------------------------------------------------------------------- both

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import causal_mask_function
 
+from .. import profile
 from ..cache import LayerCache
 from ..errors import CacheError, ConfigError, ShapeError, UnsupportedError
 from ..kernels import dispatch
@@ -208,6 +209,9 @@ def apply(
     if (old := _APPLIED.get(model.get_decoder())) is not None:
         raise ConfigError(f"model: the recipe {old.recipe} is applied already; call foveate.remove(model) first")
     handle = Handle(model, recipe, backend, gate, meter)
+    for method in recipe.methods:
+        if isinstance(path := getattr(method, "profile", None), str):
+            profile.load(path).check(handle.fingerprint)
     try:
         handle._install()
     except Exception:

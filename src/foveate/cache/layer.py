@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,8 @@ from .dense import DenseStore
 from .paged import PagedStore
 from .store import Store
 
-STORAGE: dict[str, Callable[[Tensor, Tensor], Store]] = {"dense": DenseStore.empty, "paged": PagedStore.empty}
+DENSE = {"kind": "dense"}
+STORAGE: dict[str, Callable[..., Store]] = {"dense": DenseStore.empty, "paged": PagedStore.empty}
 
 
 class LayerCache:
@@ -39,12 +41,14 @@ class LayerCache:
         v: Tensor,
         valid: Tensor | None = None,
         counts: list[int] | None = None,
-        storage: str = "dense",
+        storage: Mapping[str, Any] = DENSE,
     ) -> None:
-        """Store new entries k, v `[B, G, n, D]`, padding (`valid` False) left out. `storage` is what it starts as."""
+        """Store new entries k, v `[B, G, n, D]`, padding (`valid` False) left out. `storage`: the store's kind and
+        options, read at the first call."""
         b, n = k.shape[0], k.shape[2]
         if self.store is None:
-            self.store = STORAGE[storage](k, v)
+            options = dict(storage)
+            self.store = STORAGE[options.pop("kind")](k, v, **options)
             self.seen = [0] * b
             self.rows = [LayerState() for _ in range(b)]
             self.tails = [None] * b

@@ -5,6 +5,7 @@ A method implements any of
     plan(x, state) -> Layout | Parts | None     which pairs this call computes; None means dense
     observe(x, out, lse, mass, state)           look at the result (declare `sees` to get lse and mass)
     compress(x, state) -> Selection             which entries a cache keeps, once, after the prompt
+    evict(x, state) -> Selection                which entries it keeps after a decode step
 
 `x` is an `AttnInput`: everything about this call and nothing about the model. In prefill the batch is unpadded first:
 x holds one batch row (B = 1) whose first real token has position 0. In decode x holds all rows, one query each.
@@ -18,7 +19,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from torch import Tensor
 from ..errors import ConfigError, nearest
 from ..kv import KV
 from ..layout import Layout, Parts
+
+if TYPE_CHECKING:
+    from .search import Knob, Search, Target
 
 
 class Rope(Protocol):
@@ -184,6 +188,12 @@ class Selection:
             bias = torch.cat([torch.nn.functional.pad(t, (0, wide - t.shape[-1])) for t in none])
         return Selection(indices, counts, bias, rows[0].ring)
 
+    def row(self, i: int) -> Selection:
+        """What concerns batch row i, as a selection of one row."""
+        one = slice(i, i + 1)
+        counts, bias = (None if t is None else t[one] for t in (self.counts, self.bias))
+        return Selection(self.indices[one], counts, bias, self.ring)
+
     def full_counts(self) -> Tensor:
         """int64 `[B, G]`, entries kept."""
         if self.counts is not None:
@@ -204,6 +214,7 @@ class Method:
         presets: named settings for other lengths, `method@name`.
         observes: phases in which `observe` is called.
         evicted_ok: prefill planning works on a cache whose entries are no longer all positions 0..M-1.
+        knob: the hyperparameter that the generic offline search bisects, or None (see `search.py`).
     """
 
     id: ClassVar[str] = ""
@@ -217,6 +228,7 @@ class Method:
     observes: ClassVar[tuple[str, ...]] = ("prefill", "decode")
     evicted_ok: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    knob: ClassVar[Knob | None] = None
 
     @property
     def tail(self) -> int:
@@ -244,6 +256,23 @@ class Method:
         return None
 
     def compress(self, x: AttnInput, state: State) -> Selection | None:
+        return None
+
+    def evict(self, x: AttnInput, state: State) -> Selection | None:
+        """As a cache policy, after each decode step: which entries stay, or None for all of them.
+
+        `state.layer` is that of decode, all rows; `state.rows` those of the prompt. An eviction copies what stays, so a
+        policy lets some entries gather before it drops them.
+        """
+        return None
+
+    def storage(self) -> dict[str, Any]:
+        """As a cache policy, how entries are stored: {"kind": a name of `cache.layer.STORAGE`, its options...}; {}: as
+        the recipe says."""
+        return {}
+
+    def search(self, target: Target) -> Search | None:
+        """This method's own offline search towards `target`, or None if it has none (see `search.py`)."""
         return None
 
     def owns(self, x: AttnInput, state: State) -> Tensor | None:
