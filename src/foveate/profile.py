@@ -1,6 +1,6 @@
 """Profiles: what an offline search found for one model, as a folder of JSON and safetensors that anybody can read.
 
-    NAME/profile.json          format, version, method and its options, model, hash of its configuration, data, seed, date
+    NAME/profile.json          format, version, method and its options, model, its configuration, data, seed, date
     NAME/tensors.safetensors   what is no plain value: gates, thresholds per layer and head
 
 `foveate calibrate` writes them; a method's `profile` option names the folder. Never pickle.
@@ -32,7 +32,7 @@ class Profile:
     Attributes:
         method: registry id. options: the method's hyperparameters that the search chose (plain JSON values).
         tensors: by name, what the method reads itself.
-        model: name of the model; fingerprint: hash of its configuration (`adapters.capability.fingerprint`).
+        model: name of the model; fingerprint: what its configuration must be (`adapters.capability.fingerprint`).
         data: hash of the calibration texts. seed. date: ISO 8601, UTC. target: text such as "recall=0.95".
         report: figures of the search: error or recall on calibration and held-out prompts, density, seconds.
     """
@@ -67,9 +67,10 @@ class Profile:
     def check(self, fingerprint: str) -> None:
         """ConfigError unless this profile was made for a model of this configuration."""
         if self.fingerprint and fingerprint != self.fingerprint:
+            made, have = (set(text.split("; ")) for text in (self.fingerprint, fingerprint))
             raise ConfigError(
-                f"profile: made for {self.model or 'another model'} (configuration {self.fingerprint[:12]}), "
-                f"but this model has configuration {fingerprint[:12]}; run `foveate calibrate {self.method}` for it"
+                f"profile: made for {self.model or 'another model'} with {', '.join(sorted(made - have))}, but this model "
+                f"has {', '.join(sorted(have - made))}; run `foveate calibrate {self.method}` for it"
             )
 
 

@@ -98,6 +98,11 @@ class Recipe:
         return self.cache is not None and self.cache.id != "dense"  # type: ignore[union-attr]
 
     @property
+    def extends(self) -> bool:
+        """Every phase keeps its distances inside the model's range, so that prompts may be longer than it."""
+        return all(m is not None and m.extends for m in (self.prefill, self.decode))  # type: ignore[union-attr]
+
+    @property
     def decode_only(self) -> bool:
         """Nothing of this recipe is to be seen in a single forward over a text: that is dense attention."""
         plain = [m is None or m.id == "dense" for m in (self.prefill, self.decode, self.heads)]  # type: ignore[union-attr]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .cache import LayerCache
+from .cache.store import last_positions
 from .combine import sink_logit
 from .errors import UnsupportedError
 from .kernels.dispatch import attend
@@ -84,7 +85,10 @@ def attention(recipe: Recipe, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor
         compress(recipe, cache, step, info)
     cache.append(k, v, step.valid, counts, recipe.stored)
     if single:
-        return _decode(recipe, cache, q, step, info)
+        out = _decode(recipe, cache, q, step, info)
+        cache.steps += 1
+        return out
+    cache.steps = 0
     out = _prefill(recipe, cache, q, v.shape[-1], step, info, counts)
     cache.pending = True
     if recipe.compress_at == "chunk":
@@ -100,7 +104,7 @@ def _prefill(recipe: Recipe, cache: LayerCache, q: Tensor, dv: int, step: Step, 
     view = cache.store.view()  # type: ignore[union-attr]
     whole = step.valid is None and view.len is None
     if whole and b > 1 and tail == 0 and _plain(recipe, method) and view.pos is None:
-        x = _input(q, view, "prefill", info, step, cache.seen[0] - n, _positions(cache.seen, n, q))
+        x = _input(q, view, "prefill", info, step, cache.seen[0] - n, last_positions(cache.seen, n, q.device))
         return _run(recipe, x, None, step.state(cache), step, info)
     out = q.new_zeros(b, h, n, dv)
     for i in range(b):
@@ -118,7 +122,7 @@ def _prefill(recipe: Recipe, cache: LayerCache, q: Tensor, dv: int, step: Step, 
                 bias=None if kv.bias is None else kv.bias[:, :, :m],
             )
         start = cache.seen[i] - counts[i]
-        x = _input(qi, kv, "prefill", info, step, start, _positions([cache.seen[i]], counts[i], q))
+        x = _input(qi, kv, "prefill", info, step, start, last_positions([cache.seen[i]], counts[i], q.device))
         oi = _run(recipe, x, method, step.state(cache, i), step, info)
         cache.save_tail(i, qi, tail)
         if b == 1 and whole:
@@ -134,7 +138,7 @@ def _plain(recipe: Recipe, method: Method | None) -> bool:
 # ---------------------------------------------------------------------- decode: all rows at once
 def _decode(recipe: Recipe, cache: LayerCache, q: Tensor, step: Step, info: Info) -> Tensor:
     view = cache.store.view()  # type: ignore[union-attr]
-    x = _input(q, view, "decode", info, step, 0, _positions(cache.seen, 1, q))
+    x = _input(q, view, "decode", info, step, 0, cache.positions(1, q.device), cache.steps)
     out = _run(recipe, x, recipe.decode, step.state(cache), step, info)  # type: ignore[arg-type]
     policy: Method | None = recipe.cache  # type: ignore[assignment]
     if policy is not None and type(policy).evict is not Method.evict and info.window is None:
@@ -233,7 +237,9 @@ def _observers(recipe: Recipe, phase: str) -> list[Method]:
     return [m for m in recipe.methods if type(m).observe is not Method.observe and phase in m.observes]
 
 
-def _input(q: Tensor, kv: Any, phase: str, info: Info, step: Step, start: int, q_pos: Tensor) -> AttnInput:
+def _input(
+    q: Tensor, kv: Any, phase: str, info: Info, step: Step, start: int, q_pos: Tensor, number: int = 0
+) -> AttnInput:
     note: Callable[[str], None] = step.note
     return AttnInput(
         q=q,
@@ -243,20 +249,13 @@ def _input(q: Tensor, kv: Any, phase: str, info: Info, step: Step, start: int, q
         layers=info.layers,
         scale=info.scale,
         start=start,
+        step=number,
         q_pos=q_pos,
         softcap=info.softcap,
         rope=info.rope,
         window=info.window,
         note=note,
     )
-
-
-def _positions(seen: list[int], n: int, like: Tensor) -> Tensor:
-    """int64 `[B, n]`: the text positions of the last n tokens of each row."""
-    steps = torch.arange(n, device=like.device)
-    if len(set(seen)) == 1:
-        return (seen[0] - n + steps).expand(len(seen), n)
-    return torch.tensor(seen, device=like.device)[:, None] - n + steps
 
 
 def compress(recipe: Recipe, cache: LayerCache, step: Step, info: Info) -> None:
@@ -280,7 +279,7 @@ def compress(recipe: Recipe, cache: LayerCache, step: Step, info: Info) -> None:
         if q is None:
             q = view.k.new_empty(1, 1, 0, view.k.shape[-1])
         rows = q.shape[2]
-        x = _input(q, kv, "prefill", info, step, cache.seen[i] - rows, _positions([cache.seen[i]], rows, view.k))
+        x = _input(q, kv, "prefill", info, step, cache.seen[i] - rows, last_positions([cache.seen[i]], rows, view.device))
         got = policy.compress(x, step.state(cache, i))
         drops = drops or got is not None
         if got is None:  # keeps everything of this row

@@ -19,6 +19,7 @@ from ..errors import CacheError
 from ..runtime import Info, Step, compress
 
 if TYPE_CHECKING:
+    from .graphs import Captured
     from .transformers import Handle
 
 
@@ -97,6 +98,7 @@ class ContextCache(Cache):
 
     Attributes:
         run: the methods' memory for a whole generation. broken: a forward failed half-way, so layers disagree.
+        captured: graphs over these stores, see `graphs.py`.
     """
 
     layers: list[ContextLayer]  # type: ignore[assignment]
@@ -106,6 +108,7 @@ class ContextCache(Cache):
         self.run: dict[str, Any] = {}
         self.handle = handle
         self.broken = False
+        self.captured: Captured | None = None
 
     @property
     def nbytes(self) -> int:

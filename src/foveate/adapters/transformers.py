@@ -29,6 +29,7 @@ from ..recipe import Recipe
 from ..runtime import Info, Meter, Step, attention
 from .capability import attention_layers, fingerprint, why_not
 from .context import ContextCache, ContextLayer
+from .graphs import Graphs
 from .rotary import rope_of
 
 NAME = "foveate"
@@ -53,6 +54,7 @@ class Handle:
         self._names = list(inspect.signature(self.decoder.forward).parameters)
         self._before = self.decoder.config._attn_implementation
         self._hooks: list[Any] = []
+        self.graphs: Graphs | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -64,6 +66,9 @@ class Handle:
 
     def remove(self) -> None:
         """Take the recipe off; the model is what it was before `apply`."""
+        if self.graphs is not None:
+            self.graphs.remove()
+            self.graphs = None
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -100,7 +105,7 @@ class Handle:
         run = cache.run if cache is not None else {}
         step = Step(valid, counts, run=run, notes=self.note_store, meter=self.meter, gate=self.gate)
         limit = getattr(module.config, "max_position_embeddings", None)
-        if limit is not None and seen + n > limit >= seen:
+        if limit is not None and seen + n > limit >= seen and not self.recipe.extends:
             step.note(f"{seen + n} tokens are more than the model's {limit} positions; expect nonsense beyond them")
         for layer in cache.layers if cache is not None else ():
             layer.open = True
@@ -187,6 +192,7 @@ def apply(
     backend: str | None = None,
     gate: bool = False,
     meter: Meter | None = None,
+    graphs: bool = False,
 ) -> Handle:
     """Run `model` under `recipe` from now on; `model.generate` and `model(...)` stay what they were.
 
@@ -196,6 +202,7 @@ def apply(
         backend: a kernel backend by name; None picks the first that can serve each call.
         gate: run dense below the methods' minimum lengths.
         meter: watches every call, see `runtime.Meter`.
+        graphs: replay decode steps as CUDA graphs where the recipe allows it; `Handle.notes` says where not.
 
     Raises:
         ConfigError: unknown or impossible recipe, or one is applied already. UnsupportedError: a model that cannot be
@@ -214,6 +221,9 @@ def apply(
             profile.load(path).check(handle.fingerprint)
     try:
         handle._install()
+        if graphs:
+            handle.graphs = Graphs(handle)
+            handle.graphs.install()
     except Exception:
         handle.remove()
         raise

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CacheError
 from ..methods.base import LayerState, Selection
 from .dense import DenseStore
+from .fixed import FixedStore
 from .paged import PagedStore
-from .store import Store
+from .store import Store, last_positions
 
 DENSE = {"kind": "dense"}
 STORAGE: dict[str, Callable[..., Store]] = {"dense": DenseStore.empty, "paged": PagedStore.empty}
@@ -24,6 +26,7 @@ class LayerCache:
     rows: per row, the state of prefill and compress. batch: the state of decode, over all rows.
     tails: per row, the last queries of the prompt `[1, H, t, D]`, saved for `compress`.
     pending: a multi-token call came since the last compression. evicted: entries were dropped.
+    steps: single-token calls since the last call of several tokens.
     """
 
     def __init__(self) -> None:
@@ -34,6 +37,7 @@ class LayerCache:
         self.tails: list[Tensor | None] = []
         self.pending = False
         self.evicted = False
+        self.steps = 0
 
     def append(
         self,
@@ -58,6 +62,12 @@ class LayerCache:
             counts = [n] * b if valid is None else valid.sum(-1).tolist()
         self.store = self.store.append(k, v, valid, self.seen)
         self.seen = [s + c for s, c in zip(self.seen, counts, strict=True)]
+
+    def positions(self, n: int, device: torch.device) -> Tensor:
+        """int64 `[B, n]`: the text positions of the last n tokens of each row."""
+        if isinstance(self.store, FixedStore):
+            return self.store.seen_now[:, None] - n + torch.arange(n, device=device)
+        return last_positions(self.seen, n, device)
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +131,6 @@ class LayerCache:
         """An independent copy, for asking several questions about one context."""
         out = LayerCache()
         out.store = None if self.store is None else self.store.fork()
-        out.seen, out.pending, out.evicted = list(self.seen), self.pending, self.evicted
+        out.seen, out.pending, out.evicted, out.steps = list(self.seen), self.pending, self.evicted, self.steps
         out.rows, out.batch, out.tails = [r.fork() for r in self.rows], self.batch.fork(), list(self.tails)
         return out

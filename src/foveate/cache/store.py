@@ -77,6 +77,14 @@ def new_positions(seen: list[int], n: int, like: Tensor) -> Tensor | int:
     return first + torch.arange(n, dtype=like.dtype, device=like.device)
 
 
+def last_positions(seen: list[int], n: int, device: torch.device) -> Tensor:
+    """int64 `[B, n]`: the text positions of the last n tokens of rows that have seen `seen` tokens."""
+    steps = torch.arange(n, device=device)
+    if len(set(seen)) == 1:
+        return (seen[0] - n + steps).expand(len(seen), n)
+    return torch.tensor(seen, device=device)[:, None] - n + steps
+
+
 def pack(kv: KV) -> dict[str, Tensor]:
     """The existing entries of a view, segment after segment in (b, g) order, without a gap.
 

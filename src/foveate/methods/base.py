@@ -109,6 +109,7 @@ class AttnInput:
         layer, layers: this layer's number and how many there are.
         scale: softmax scale. softcap: or None.
         start: position of the first query row (prefill). q_pos: int64 `[B, N]`.
+        step: decode steps since the last call of several tokens, 0 in the first one.
         rope: the model's rotation, if the adapter could supply it.
         window: the model's own sliding window in this layer, or None; the runtime applies it on top of any plan.
         note: call with a sentence worth telling the user (kept once per run).
@@ -121,6 +122,7 @@ class AttnInput:
     layers: int
     scale: float
     start: int = 0
+    step: int = 0
     q_pos: Tensor | None = None
     softcap: float | None = None
     rope: Rope | None = None
@@ -215,6 +217,7 @@ class Method:
         observes: phases in which `observe` is called.
         evicted_ok: prefill planning works on a cache whose entries are no longer all positions 0..M-1.
         knob: the hyperparameter that the generic offline search bisects, or None (see `search.py`).
+        extends: re-assigned positions keep every distance inside the model's range, so prompts may be longer than it.
     """
 
     id: ClassVar[str] = ""
@@ -229,6 +232,7 @@ class Method:
     evicted_ok: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     knob: ClassVar[Knob | None] = None
+    extends: ClassVar[bool] = False
 
     @property
     def tail(self) -> int:
@@ -263,6 +267,15 @@ class Method:
 
         `state.layer` is that of decode, all rows; `state.rows` those of the prompt. An eviction copies what stays, so a
         policy lets some entries gather before it drops them.
+        """
+        return None
+
+    def phase(self, step: int) -> str | None:
+        """Which captured decode step serves decode step number `step`, or None: this method's steps are not captured.
+
+        Steps of one name run the same kernels on tensors of the same shapes: a plan that looks at nothing but `x.step`
+        and shapes on the host, and keeps what it remembers in tensors of `state.layer`. A method that selects anew every
+        R steps answers "select" and "reuse".
         """
         return None
 

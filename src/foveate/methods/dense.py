@@ -23,5 +23,8 @@ class Dense(Method):
     def default_roles(self) -> tuple[str, ...]:
         return ("prefill", "decode")  # a cache that keeps everything is what a recipe has without a policy
 
+    def phase(self, step: int) -> str | None:
+        return "step"
+
     def plan(self, x: AttnInput, state: State) -> Layout:
         return x.dense()

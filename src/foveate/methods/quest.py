@@ -38,6 +38,9 @@ class Quest(Method):
     def min_length(self) -> int:
         return self.budget
 
+    def phase(self, step: int) -> str | None:
+        return "step"
+
     def plan(self, x: AttnInput, state: State) -> Layout | None:
         keep, pages = max(1, self.budget // self.page), -(-x.kv.capacity // self.page)
         if x.layer < self.dense_layers or pages <= keep:

@@ -1,0 +1,192 @@
+"""Decode steps as CUDA graphs: what the host does 30 to 40 times a step (launches, plans, checks) is recorded once.
+
+`foveate.apply(model, recipe, graphs=True)` replaces the model's `forward` by one that recognises a single-token step over
+a cache of ours. Its stores become `FixedStore`s; the first step of each phase runs as it is, the second is captured, all
+later ones are replayed. What cannot be captured runs as it is, and `Handle.notes` says why. Selection is inside the graph:
+nothing is planned on the host.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..cache.dense import DenseStore
+from ..cache.fixed import FixedStore
+from ..cache.store import SLACK, room
+from ..methods.base import Method
+from .context import ContextCache
+
+if TYPE_CHECKING:
+    from .transformers import Handle
+
+PLAIN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict")
+
+
+class Graphs:
+    """The replaced `forward` of a model.
+
+    Attributes:
+        replays: steps that were replayed. failed: why nothing is captured any more, or None.
+    """
+
+    devices = ("cuda",)
+
+    def __init__(self, handle: Handle):
+        self.handle, self.replays = handle, 0
+        self.forward: Callable[..., Any] = handle.model.forward
+        self.failed: str | None = None
+
+    def install(self) -> None:
+        @functools.wraps(self.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if args or not self._is_step(kwargs):
+                return self.forward(*args, **kwargs)
+            why = self.why_not(kwargs)
+            if why is None:
+                return self._step(kwargs)
+            self.handle.note_store[f"decode steps are not captured: {why}"] = None
+            return self.forward(**kwargs)
+
+        self.handle.model.forward = forward
+
+    def remove(self) -> None:
+        del self.handle.model.forward  # the class's own method comes to light again
+
+    # ------------------------------------------------------------------ what can be captured
+    def _is_step(self, kwargs: dict[str, Any]) -> bool:
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if ids is None or ids.shape[1] != 1 or not isinstance(cache, ContextCache) or cache.handle is not self.handle:
+            return False
+        return not any(layer.cache.pending or layer.cache.store is None for layer in cache.layers)
+
+    def why_not(self, kwargs: dict[str, Any]) -> str | None:
+        """The reason this single-token step is not captured, or None."""
+        recipe, model = self.handle.recipe, self.handle.model
+        if self.failed is not None:
+            return self.failed
+        if self.handle.meter is not None:
+            return "a meter watches every call"
+        if torch.is_grad_enabled() or model.training:
+            return "gradients are on; use model.eval() and torch.no_grad()"
+        if more := sorted(k for k, v in kwargs.items() if k not in PLAIN and v is not None and v is not False):
+            return f"the call asks for {', '.join(more)}"
+        if isinstance(recipe.cache, Method) and type(recipe.cache).evict is not Method.evict:
+            return f"{recipe.cache.id} drops entries while decoding"
+        for method in recipe.methods:
+            decodes = method is recipe.decode or method is recipe.heads
+            if type(method).observe is not Method.observe and "decode" in method.observes:
+                return f"{method.id} looks at the result of every step"
+            if decodes and method.phase(0) is None:
+                return f"{method.id} plans on the host"
+        for layer in kwargs["past_key_values"].layers:
+            if not isinstance(layer.cache.store, DenseStore):
+                return f"storage of kind {layer.cache.store.kind!r} grows on the host"
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (mask.dim() != 2 or not bool(mask[:, -1].all())):
+            return "a row of this step is padding"
+        if kwargs["input_ids"].device.type not in self.devices:
+            return "CUDA graphs need a CUDA device"
+        return None
+
+    # ------------------------------------------------------------------ a step
+    def _step(self, kwargs: dict[str, Any]) -> Any:
+        cache, ids, at = kwargs["past_key_values"], kwargs["input_ids"], kwargs.get("position_ids")
+        if cache.captured is None or not cache.captured.fits(cache):
+            cache.captured = Captured(cache, ids)
+        held: Captured = cache.captured
+        at = held.stores[0].seen_now[:, None] if at is None else at
+        phase = self._phase(cache.layers[0].cache.steps)
+        if phase not in held.warm:
+            held.warm.add(phase)
+            return self._run(cache, ids, at)
+        held.ids.copy_(ids)
+        held.at.copy_(at)
+        if phase not in held.graphs:
+            why = self._capture(cache, held, phase)
+            if why is not None:
+                self.failed, cache.captured = why, None
+                return self._run(cache, ids, at)
+        else:
+            held.advance(cache)
+        graph, logits = held.graphs[phase]
+        graph.replay()
+        self.replays += 1
+        return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
+
+    def _phase(self, step: int) -> str:
+        methods = (self.handle.recipe.decode, self.handle.recipe.heads)
+        return "+".join(str(m.phase(step)) for m in methods if isinstance(m, Method))
+
+    def _run(self, cache: ContextCache, ids: Tensor, at: Tensor) -> Any:
+        return self.forward(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def _capture(self, cache: ContextCache, held: Captured, phase: str) -> str | None:
+        """Record a step (nothing runs on the device, the host counts it) or return why it could not be recorded."""
+        before = [(list(c.seen), c.steps, list(s.count)) for c, s in held.pairs(cache)], [x.columns for x in cache.layers]
+        try:
+            held.graphs[phase] = self.record(cache, held)
+        except Exception as err:
+            for (layer, store), (seen, steps, count) in zip(held.pairs(cache), before[0], strict=True):
+                layer.seen, layer.steps, store.count = seen, steps, count
+                layer.forget()
+            for layer, columns in zip(cache.layers, before[1], strict=True):
+                layer.columns, layer.open = columns, False
+            cache.broken = False
+            return f"the capture failed: {str(err).splitlines()[0] if str(err) else type(err).__name__}"
+        return None
+
+    def record(self, cache: ContextCache, held: Captured) -> tuple[Any, Tensor]:
+        """(the graph of one step, its logits); the host has counted the step, the device has not run it."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=held.pool):
+            logits = self._run(cache, held.ids, held.at).logits
+        return graph, logits
+
+
+class Captured:
+    """The graphs over one cache, and the tensors they read.
+
+    Attributes:
+        stores: one a layer; graphs hold their addresses. ids, at: `[B, 1]`, token and position of the step.
+        warm: phases that ran once. graphs: phase -> (graph, its logits `[B, 1, V]`).
+    """
+
+    def __init__(self, cache: ContextCache, ids: Tensor):
+        self.stores: list[FixedStore] = []
+        for layer in cache.layers:
+            store = layer.cache.store
+            assert isinstance(store, DenseStore)
+            used, have = max(store.count), store.k.shape[2]
+            size = have if have - used >= SLACK // 2 else used + room(used)
+            fixed = FixedStore(store, size, layer.cache.seen)
+            layer.cache.store = fixed
+            self.stores.append(fixed)
+        self.ids, self.at = torch.zeros_like(ids), torch.zeros_like(ids)
+        self.warm: set[str] = set()
+        self.graphs: dict[str, tuple[Any, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if ids.device.type == "cuda" else None
+        self.rows = ids.shape[0]
+
+    def fits(self, cache: ContextCache) -> bool:
+        """The cache still has these stores, as they were, and room for a token."""
+        same = all(layer.cache.store is s for layer, s in zip(cache.layers, self.stores, strict=True))
+        return same and not any(s.full for s in self.stores) and all(s.k.shape[0] == self.rows for s in self.stores)
+
+    def pairs(self, cache: ContextCache) -> list[tuple[Any, FixedStore]]:
+        return [(layer.cache, s) for layer, s in zip(cache.layers, self.stores, strict=True)]
+
+    def advance(self, cache: ContextCache) -> None:
+        """Count one more token on the host."""
+        for layer in cache.layers:
+            layer.columns += 1
+        for layer_cache, store in self.pairs(cache):
+            layer_cache.seen = [s + 1 for s in layer_cache.seen]
+            layer_cache.steps += 1
+            store.replayed()

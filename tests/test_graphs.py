@@ -1,0 +1,170 @@
+"""Captured decode steps without a device: everything but the capture. tests/gpu/test_graphs.py replays real graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import foveate
+from foveate.adapters.graphs import Graphs
+from foveate.cache.dense import DenseStore
+from foveate.cache.fixed import FixedStore
+from foveate.methods.base import Selection
+from tests.models import generate, tiny, tokens
+
+RECIPES = (
+    "dense",
+    "quest:budget=32,dense_layers=0",
+    "minference@8k+quest:budget=32,dense_layers=0,share=group",
+    "cache=snapkv:window=8,capacity=40",
+    "quest:budget=16,dense_layers=0+cache=snapkv:window=8,capacity=40",
+)
+
+
+def said(model, ids, mask=None, steps=8):
+    return generate(model, ids, mask, max_new_tokens=steps, min_new_tokens=steps).sequences
+
+
+class Replay:
+    """Stands for a graph: runs the step where a graph would be replayed; the host's counting is not part of a graph."""
+
+    def __init__(self, graphs, cache, held):
+        self.graphs, self.cache, self.held = graphs, cache, held
+        self.logits = torch.empty(held.rows, 1, graphs.handle.model.config.vocab_size)
+
+    def replay(self):
+        before = [(list(c.seen), c.steps, list(s.count)) for c, s in self.held.pairs(self.cache)]
+        columns = [layer.columns for layer in self.cache.layers]
+        for layer in self.cache.layers:
+            layer.columns -= 1
+        for cache, store in self.held.pairs(self.cache):
+            cache.steps, store.count = cache.steps - 1, [c - 1 for c in store.count]
+        self.logits.copy_(self.graphs._run(self.cache, self.held.ids, self.held.at).logits)
+        for (cache, store), (seen, steps, count) in zip(self.held.pairs(self.cache), before, strict=True):
+            cache.seen, cache.steps, store.count = seen, steps, count
+        for layer, n in zip(self.cache.layers, columns, strict=True):
+            layer.columns = n
+
+
+class Dry(Graphs):
+    devices = ("cpu",)
+
+    def record(self, cache, held):
+        replay = Replay(self, cache, held)
+        held.advance(cache)
+        return replay, replay.logits
+
+
+def dry(model, recipe):
+    handle = foveate.apply(model, recipe)
+    handle.graphs = Dry(handle)
+    handle.graphs.install()
+    return handle
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_replayed_steps_are_the_steps(recipe):
+    model, ids = tiny(), tokens(2, 90)
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    with foveate.use(model, recipe):
+        want = said(model, ids, mask, 24)
+    handle = dry(model, recipe)
+    got = said(model, ids, mask, 24)
+    assert torch.equal(got, want) and handle.graphs.replays >= 20 and not handle.notes
+    handle.remove()
+    assert "forward" not in vars(model)
+
+
+def test_a_cache_that_changed_is_captured_anew():
+    """A second question, a rollback and a fork after replays: the same tokens as without graphs."""
+    model, ids, more = tiny(), tokens(1, 60), tokens(1, 9, seed=3)
+
+    def talk():
+        out = [model(ids, use_cache=True)]
+        cache = out[0].past_key_values
+        token = ids[:, :1]
+        for i in range(30):
+            if i == 8:
+                out.append(model(more, past_key_values=cache, use_cache=True))
+            if i == 16:
+                cache.crop(-3)
+            if i == 20:
+                cache = cache.fork()
+            out.append(model(input_ids=token, past_key_values=cache, use_cache=True))
+            token = out[-1].logits[:, -1:].argmax(-1)
+        return torch.cat([o.logits[:, -1] for o in out])
+
+    with torch.no_grad():
+        with foveate.use(model, "quest:budget=32,dense_layers=0"):
+            want = talk()
+        handle = dry(model, "quest:budget=32,dense_layers=0")
+        got = talk()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert handle.graphs.replays > 10
+    handle.remove()
+
+
+def test_room_runs_out():
+    model, ids = tiny(), tokens(1, 20)
+    with foveate.use(model, "dense"):
+        want = said(model, ids, steps=300)
+    handle = dry(model, "dense")
+    assert torch.equal(said(model, ids, steps=300), want)
+    handle.remove()
+
+
+def test_what_is_not_captured_says_why():
+    model, ids = tiny(), tokens(1, 60)
+    with foveate.use(model, "cache=streaming_llm:sink=4,window=20"):
+        want = said(model, ids)
+    handle = dry(model, "cache=streaming_llm:sink=4,window=20")
+    assert torch.equal(said(model, ids), want) and handle.graphs.replays == 0
+    assert handle.notes == ["decode steps are not captured: storage of kind 'ring' grows on the host"]
+    handle.remove()
+
+
+def test_a_capture_that_fails_is_a_step_like_any_other():
+    class Fails(Dry):
+        def record(self, cache, held):
+            super().record(cache, held)
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, ids = tiny(), tokens(1, 60)
+    with foveate.use(model, RECIPES[1]):
+        want = said(model, ids)
+    handle = foveate.apply(model, RECIPES[1])
+    handle.graphs = Fails(handle)
+    handle.graphs.install()
+    assert torch.equal(said(model, ids), want)
+    assert handle.notes == [
+        "decode steps are not captured: the capture failed: operation not permitted when stream is capturing"
+    ]
+    handle.remove()
+
+
+def test_on_a_cpu_the_reason_is_the_device():
+    model, ids = tiny(), tokens(1, 20)
+    with foveate.use(model, "dense", graphs=True) as handle:
+        said(model, ids, steps=4)
+        assert handle.notes == ["decode steps are not captured: CUDA graphs need a CUDA device"]
+
+
+def test_a_fixed_store_is_a_dense_store():
+    gen = torch.Generator().manual_seed(0)
+    new = lambda n: (torch.randn(2, 2, n, 8, generator=gen), torch.randn(2, 2, n, 8, generator=gen))  # noqa: E731
+    first, steps = new(10), [new(1) for _ in range(5)]
+    dense = DenseStore.empty(*first).append(*first, None, [0, 0])
+    fixed = FixedStore(dense.fork(), 64, [10, 10])
+    for i, (k, v) in enumerate(steps):
+        dense, fixed = dense.append(k, v, None, [10 + i] * 2), fixed.append(k, v, None, [10 + i] * 2)
+    assert isinstance(fixed, FixedStore) and fixed.lens == dense.lens and fixed.view().capacity == 64
+    for a, b in zip(fixed.view().to_dense().k[:, :, :15], dense.view().k, strict=True):
+        assert torch.equal(a, b)
+    assert fixed.now.tolist() == [[15, 15]] * 2 and fixed.seen_now.tolist() == [15, 15]
+    fixed.truncate(2)
+    assert fixed.now.tolist() == [[13, 13]] * 2 and fixed.seen_now.tolist() == [13, 13]
+    fixed.reorder(torch.tensor([1, 1]))
+    assert torch.equal(fixed.view().k[0, :, :13], fixed.view().k[1, :, :13])
+    kept = fixed.select(Selection(torch.arange(5).expand(2, 2, 5)))
+    assert kept.lens == [[5, 5]] * 2 and not isinstance(kept, FixedStore)
