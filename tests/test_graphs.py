@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 import foveate
 from foveate.adapters.graphs import Graphs
 from foveate.cache.dense import DenseStore
-from foveate.cache.fixed import FixedStore
-from foveate.methods.base import Selection
+from foveate.cache.fixed import FixedDense
+from foveate.methods.base import Method, Selection
+from foveate.recipe import Recipe
 from tests.models import generate, tiny, tokens
 
 RECIPES = (
@@ -18,7 +21,24 @@ RECIPES = (
     "minference@8k+quest:budget=32,dense_layers=0,share=group",
     "cache=snapkv:window=8,capacity=40",
     "quest:budget=16,dense_layers=0+cache=snapkv:window=8,capacity=40",
+    "dense+cache=streaming_llm:sink=4,window=20",
+    "uneven",
 )
+
+
+@dataclass(frozen=True)
+class Uneven(Method):
+    """Keeps every entry of kv head 0 and the last 30 of the others: ragged storage."""
+
+    id = "uneven"
+    roles = ("cache",)
+
+    def compress(self, x, state):
+        m, g = x.kv.capacity, x.groups
+        counts = torch.full((1, g), min(30, m))
+        counts[:, 0] = m
+        first = m - counts[..., None]
+        return Selection((first + torch.arange(m)).clamp(max=m - 1), counts)
 
 
 def said(model, ids, mask=None, steps=8):
@@ -26,32 +46,22 @@ def said(model, ids, mask=None, steps=8):
 
 
 class Replay:
-    """Stands for a graph: runs the step where a graph would be replayed; the host's counting is not part of a graph."""
+    """Stands for a graph: runs the step, whose host part then counts by itself."""
 
     def __init__(self, graphs, cache, held):
         self.graphs, self.cache, self.held = graphs, cache, held
-        self.logits = torch.empty(held.rows, 1, graphs.handle.model.config.vocab_size)
+        self.logits = torch.empty(len(held.ids), 1, graphs.handle.model.config.vocab_size)
 
     def replay(self):
-        before = [(list(c.seen), c.steps, list(s.count)) for c, s in self.held.pairs(self.cache)]
-        columns = [layer.columns for layer in self.cache.layers]
-        for layer in self.cache.layers:
-            layer.columns -= 1
-        for cache, store in self.held.pairs(self.cache):
-            cache.steps, store.count = cache.steps - 1, [c - 1 for c in store.count]
         self.logits.copy_(self.graphs._run(self.cache, self.held.ids, self.held.at).logits)
-        for (cache, store), (seen, steps, count) in zip(self.held.pairs(self.cache), before, strict=True):
-            cache.seen, cache.steps, store.count = seen, steps, count
-        for layer, n in zip(self.cache.layers, columns, strict=True):
-            layer.columns = n
 
 
 class Dry(Graphs):
     devices = ("cpu",)
 
     def record(self, cache, held):
+        held.advance = lambda cache: None
         replay = Replay(self, cache, held)
-        held.advance(cache)
         return replay, replay.logits
 
 
@@ -64,6 +74,7 @@ def dry(model, recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_replayed_steps_are_the_steps(recipe):
+    recipe = Recipe(decode="quest:budget=16,dense_layers=0", cache=Uneven()) if recipe == "uneven" else recipe
     model, ids = tiny(), tokens(2, 90)
     mask = torch.ones_like(ids)
     mask[1, :17] = 0
@@ -116,11 +127,12 @@ def test_room_runs_out():
 
 def test_what_is_not_captured_says_why():
     model, ids = tiny(), tokens(1, 60)
-    with foveate.use(model, "cache=streaming_llm:sink=4,window=20"):
+    recipe = Recipe(decode="dense", storage="paged")
+    with foveate.use(model, recipe):
         want = said(model, ids)
-    handle = dry(model, "cache=streaming_llm:sink=4,window=20")
+    handle = dry(model, recipe)
     assert torch.equal(said(model, ids), want) and handle.graphs.replays == 0
-    assert handle.notes == ["decode steps are not captured: storage of kind 'ring' grows on the host"]
+    assert handle.notes == ["decode steps are not captured: storage of kind 'paged' grows on the host"]
     handle.remove()
 
 
@@ -155,10 +167,10 @@ def test_a_fixed_store_is_a_dense_store():
     new = lambda n: (torch.randn(2, 2, n, 8, generator=gen), torch.randn(2, 2, n, 8, generator=gen))  # noqa: E731
     first, steps = new(10), [new(1) for _ in range(5)]
     dense = DenseStore.empty(*first).append(*first, None, [0, 0])
-    fixed = FixedStore(dense.fork(), 64, [10, 10])
+    fixed = FixedDense(dense.fork(), [10, 10], 64)
     for i, (k, v) in enumerate(steps):
         dense, fixed = dense.append(k, v, None, [10 + i] * 2), fixed.append(k, v, None, [10 + i] * 2)
-    assert isinstance(fixed, FixedStore) and fixed.lens == dense.lens and fixed.view().capacity == 64
+    assert isinstance(fixed, FixedDense) and fixed.lens == dense.lens and fixed.view().capacity == 64
     for a, b in zip(fixed.view().to_dense().k[:, :, :15], dense.view().k, strict=True):
         assert torch.equal(a, b)
     assert fixed.now.tolist() == [[15, 15]] * 2 and fixed.seen_now.tolist() == [15, 15]
@@ -167,4 +179,4 @@ def test_a_fixed_store_is_a_dense_store():
     fixed.reorder(torch.tensor([1, 1]))
     assert torch.equal(fixed.view().k[0, :, :13], fixed.view().k[1, :, :13])
     kept = fixed.select(Selection(torch.arange(5).expand(2, 2, 5)))
-    assert kept.lens == [[5, 5]] * 2 and not isinstance(kept, FixedStore)
+    assert kept.lens == [[5, 5]] * 2 and not isinstance(kept, FixedDense)

@@ -18,6 +18,7 @@ RECIPES = (
     "cache=snapkv:window=16,capacity=128",
     "quest:budget=32,dense_layers=0+cache=snapkv:window=16,capacity=128",
     "minference@8k+quest:budget=64,dense_layers=0",
+    "dense+cache=streaming_llm:sink=4,window=100",
 )
 
 

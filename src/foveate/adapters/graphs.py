@@ -1,7 +1,7 @@
 """Decode steps as CUDA graphs: what the host does 30 to 40 times a step (launches, plans, checks) is recorded once.
 
 `foveate.apply(model, recipe, graphs=True)` replaces the model's `forward` by one that recognises a single-token step over
-a cache of ours. Its stores become `FixedStore`s; the first step of each phase runs as it is, the second is captured, all
+a cache of ours. Its stores become fixed ones; the first step of each phase runs as it is, the second is captured, all
 later ones are replayed. What cannot be captured runs as it is, and `Handle.notes` says why. Selection is inside the graph:
 nothing is planned on the host.
 """
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..cache.dense import DenseStore
-from ..cache.fixed import FixedStore
-from ..cache.store import SLACK, room
+from ..cache.fixed import Fixed, fix, fixable
 from ..methods.base import Method
 from .context import ContextCache
 
@@ -85,7 +83,7 @@ class Graphs:
             if decodes and method.phase(0) is None:
                 return f"{method.id} plans on the host"
         for layer in kwargs["past_key_values"].layers:
-            if not isinstance(layer.cache.store, DenseStore):
+            if not fixable(layer.cache.store):
                 return f"storage of kind {layer.cache.store.kind!r} grows on the host"
         mask = kwargs.get("attention_mask")
         if mask is not None and (mask.dim() != 2 or not bool(mask[:, -1].all())):
@@ -107,15 +105,14 @@ class Graphs:
             return self._run(cache, ids, at)
         held.ids.copy_(ids)
         held.at.copy_(at)
-        if phase not in held.graphs:
-            why = self._capture(cache, held, phase)
-            if why is not None:
-                self.failed, cache.captured = why, None
-                return self._run(cache, ids, at)
-        else:
-            held.advance(cache)
+        known = phase in held.graphs
+        if not known and (why := self._capture(cache, held, phase)) is not None:
+            self.failed, cache.captured = why, None
+            return self._run(cache, ids, at)
         graph, logits = held.graphs[phase]
         graph.replay()
+        if known:
+            held.advance(cache)
         self.replays += 1
         return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
 
@@ -128,13 +125,14 @@ class Graphs:
 
     def _capture(self, cache: ContextCache, held: Captured, phase: str) -> str | None:
         """Record a step (nothing runs on the device, the host counts it) or return why it could not be recorded."""
-        before = [(list(c.seen), c.steps, list(s.count)) for c, s in held.pairs(cache)], [x.columns for x in cache.layers]
+        before = [(list(c.seen), c.steps, s.counted()) for c, s in held.pairs(cache)], [x.columns for x in cache.layers]
         try:
             held.graphs[phase] = self.record(cache, held)
         except Exception as err:
-            for (layer, store), (seen, steps, count) in zip(held.pairs(cache), before[0], strict=True):
-                layer.seen, layer.steps, store.count = seen, steps, count
-                layer.forget()
+            for (layer_cache, store), (seen, steps, counted) in zip(held.pairs(cache), before[0], strict=True):
+                layer_cache.seen, layer_cache.steps = seen, steps
+                store.recount(counted)
+                layer_cache.forget()
             for layer, columns in zip(cache.layers, before[1], strict=True):
                 layer.columns, layer.open = columns, False
             cache.broken = False
@@ -159,27 +157,23 @@ class Captured:
     """
 
     def __init__(self, cache: ContextCache, ids: Tensor):
-        self.stores: list[FixedStore] = []
+        self.stores: list[Fixed] = []
         for layer in cache.layers:
-            store = layer.cache.store
-            assert isinstance(store, DenseStore)
-            used, have = max(store.count), store.k.shape[2]
-            size = have if have - used >= SLACK // 2 else used + room(used)
-            fixed = FixedStore(store, size, layer.cache.seen)
-            layer.cache.store = fixed
+            layer.cache.store = fixed = fix(layer.cache.store, layer.cache.seen)
+            assert isinstance(fixed, Fixed)
             self.stores.append(fixed)
         self.ids, self.at = torch.zeros_like(ids), torch.zeros_like(ids)
         self.warm: set[str] = set()
         self.graphs: dict[str, tuple[Any, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle() if ids.device.type == "cuda" else None
-        self.rows = ids.shape[0]
+        self.rows = [(s, s.seen_now) for s in self.stores]  # reordered rows have new tensors
 
     def fits(self, cache: ContextCache) -> bool:
         """The cache still has these stores, as they were, and room for a token."""
         same = all(layer.cache.store is s for layer, s in zip(cache.layers, self.stores, strict=True))
-        return same and not any(s.full for s in self.stores) and all(s.k.shape[0] == self.rows for s in self.stores)
+        return same and not any(s.full for s in self.stores) and all(s.seen_now is t for s, t in self.rows)
 
-    def pairs(self, cache: ContextCache) -> list[tuple[Any, FixedStore]]:
+    def pairs(self, cache: ContextCache) -> list[tuple[Any, Fixed]]:
         return [(layer.cache, s) for layer, s in zip(cache.layers, self.stores, strict=True)]
 
     def advance(self, cache: ContextCache) -> None:

@@ -1,11 +1,13 @@
-"""FixedStore: a rectangle whose lengths live on the device, so that a captured decode step can be replayed over it.
+"""Stores whose lengths live on the device, so that a captured decode step can be replayed over them.
 
-A dense store tells kernels its length through shapes; a captured graph cannot see those change. Here every view has the
-same shape, and appending one token writes where the length tensors say. The host counts along (`count`), and whoever
-replays a graph tells it (`replayed`).
+An ordinary store tells kernels its length through shapes and offsets that the host computes; a captured graph cannot see
+those change. Here every view has the same shapes, and one token is written where tensors say. The host counts along, and
+whoever replays a graph says so (`replayed`). `fix` makes one from an ordinary store, where there is one for its kind.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,37 +15,66 @@ from torch import Tensor
 from ..errors import CacheError
 from ..kv import KV
 from .dense import DenseStore
-from .store import Store
+from .ragged import RaggedStore
+from .ring import RingStore
+from .store import SLACK, Store, room
 
 
-class FixedStore(DenseStore):
-    """A `DenseStore` with room for `size` entries.
+class Fixed:
+    """What fixed stores have in common.
 
     Attributes:
-        now: int32 `[B, G]`, entries that exist. seen_now: int64 `[B]`, tokens seen. Both count on the device.
+        seen_now: int64 `[B]`, tokens seen by each row. full: no token fits any more.
     """
 
-    def __init__(self, store: DenseStore, size: int, seen: list[int]):
-        used = max(store.count)
+    seen_now: Tensor
+
+    @property
+    def full(self) -> bool:
+        raise NotImplementedError
+
+    def replayed(self) -> None:
+        """One more token came in, written by a replayed graph."""
+        raise NotImplementedError
+
+    def counted(self) -> object:
+        """What the host has counted; `recount` goes back to it."""
+        raise NotImplementedError
+
+    def recount(self, counted: object) -> None:
+        raise NotImplementedError
+
+
+def fix(store: Store | None, seen: list[int]) -> Store | None:
+    """A fixed store with the entries of this one, which must not be used any more; None if its kind has none."""
+    if isinstance(store, Fixed):
+        return store  # type: ignore[return-value]
+    make = _KINDS.get(type(store))
+    return None if make is None else make(store, seen)
+
+
+def fixable(store: Store | None) -> bool:
+    """Whether `fix` has a fixed store for this one."""
+    return isinstance(store, Fixed) or type(store) in _KINDS
+
+
+class FixedDense(DenseStore, Fixed):
+    """A rectangle with room for `size` entries. now: int32 `[B, G]`, entries that exist."""
+
+    def __init__(self, store: DenseStore, seen: list[int], size: int | None = None):
+        used, have = max(store.count), store.k.shape[2]
+        if size is None:
+            size = have if have - used >= SLACK // 2 else used + room(used)
         if size < used:
             raise CacheError(f"size: expected room for {used} entries at least, got {size}")
-
-        def widen(t: Tensor | None) -> Tensor | None:
-            if t is None or t.shape[2] == size:
-                return t  # the store's slack is room enough: nothing is copied
-            out = t.new_zeros(*t.shape[:2], size, *t.shape[3:])
-            out[:, :, :used] = t[:, :, :used]
-            return out
-
-        k, v = widen(store.k), widen(store.v)
+        k, v, pos, bias = (t if t is None else _widen(t, used, size) for t in (store.k, store.v, store.pos, store.bias))
         assert k is not None and v is not None
-        super().__init__(k, v, store.count, widen(store.pos), widen(store.bias))
+        super().__init__(k, v, store.count, pos, bias)
         self.now = torch.tensor(self.lens, dtype=torch.int32, device=k.device)
         self.seen_now = torch.tensor(seen, dtype=torch.int64, device=k.device)
 
     @property
     def full(self) -> bool:
-        """No token fits any more."""
         return max(self.count) >= self.k.shape[2]
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None, seen: list[int]) -> Store:
@@ -53,7 +84,7 @@ class FixedStore(DenseStore):
         self.k.scatter_(2, at[..., None].expand_as(k), k)
         self.v.scatter_(2, at[..., None].expand_as(v), v)
         if self.pos is not None:
-            self.pos.scatter_(2, at, self.seen_now[:, None, None].to(self.pos.dtype).expand_as(at))
+            self.pos.scatter_(2, at, _new(self.seen_now, self.pos, at))
         if self.bias is not None:
             self.bias.scatter_(2, at, 0.0)
         self.now += 1
@@ -62,8 +93,13 @@ class FixedStore(DenseStore):
         return self
 
     def replayed(self) -> None:
-        """One more token came in, written by a replayed graph."""
         self.count = [c + 1 for c in self.count]
+
+    def counted(self) -> object:
+        return list(self.count)
+
+    def recount(self, counted: object) -> None:
+        self.count = list(counted)  # type: ignore[call-overload]
 
     def loose(self) -> DenseStore:
         """The same entries as an ordinary store, which may grow; this one must not be used afterwards."""
@@ -85,3 +121,130 @@ class FixedStore(DenseStore):
         super().reorder(index)
         rows = index.to(self.k.device)
         self.now, self.seen_now = self.now.index_select(0, rows), self.seen_now.index_select(0, rows)
+
+
+class FixedRing(RingStore, Fixed):
+    """A ring that is never full: slots come from `seen_now`."""
+
+    def __init__(self, store: RingStore, seen: list[int]):
+        super().__init__(store.k, store.v, store.pos, store.seen, store.sink, store.window)
+        self.seen_now = torch.tensor(store.seen, dtype=torch.int64, device=store.k.device)
+
+    @property
+    def full(self) -> bool:
+        return False
+
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None, seen: list[int]) -> Store:
+        if k.shape[2] != 1 or valid is not None:
+            return self.loose().append(k, v, valid, seen)
+        p = self.seen_now
+        slot = torch.where(p < self.sink, p, self.sink + (p - self.sink) % self.window)
+        at = slot[:, None, None].expand(-1, k.shape[1], 1)
+        self.k.scatter_(2, at[..., None].expand_as(k), k)
+        self.v.scatter_(2, at[..., None].expand_as(v), v)
+        self.pos.scatter_(2, at, _new(p, self.pos, at))
+        self.seen_now += 1
+        self.replayed()
+        return self
+
+    def replayed(self) -> None:
+        self.seen = [s + 1 for s in self.seen]
+
+    def counted(self) -> object:
+        return list(self.seen)
+
+    def recount(self, counted: object) -> None:
+        self.seen = list(counted)  # type: ignore[call-overload]
+
+    def loose(self) -> RingStore:
+        return RingStore(self.k, self.v, self.pos, self.seen, self.sink, self.window)
+
+    def view(self) -> KV:
+        size = self.sink + self.window
+        held = self.seen_now.clamp(max=size).to(torch.int32)[:, None].expand(-1, self.k.shape[1]).contiguous()
+        return KV(self.k, self.v, "dense", size, len=held, pos=self.pos)
+
+    def fork(self) -> RingStore:
+        return self.loose().fork()
+
+    def reorder(self, index: Tensor) -> None:
+        super().reorder(index)
+        self.seen_now = self.seen_now.index_select(0, index.to(self.k.device))
+
+
+class FixedRagged(RaggedStore, Fixed):
+    """Segments with the free slots they have; `pos` and `bias` are as wide as the longest segment can get."""
+
+    def __init__(self, store: RaggedStore, seen: list[int]):
+        self.__dict__.update(store.__dict__)
+        if self.free < SLACK // 2:
+            self._move(list(range(len(self.counts))), SLACK)
+        self._len = self._len.clone()
+        self.seen_now = torch.tensor(seen, dtype=torch.int64, device=self.k.device)
+        self.size = max(max(row) for row in self.counts) + self.free
+        self.pos = _widen(self.pos, self.pos.shape[2], max(self.size, self.pos.shape[2]))
+        self.bias = None if self.bias is None else _widen(self.bias, self.bias.shape[2], self.pos.shape[2])
+
+    @property
+    def full(self) -> bool:
+        return self.free < 1
+
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None, seen: list[int]) -> Store:
+        if k.shape[2] != 1 or valid is not None or self.full:
+            return self.loose().append(k, v, valid, seen)
+        rows = (self._offsets + self._len).view(-1)
+        self.k.index_copy_(0, rows, k.reshape(-1, k.shape[3]))
+        self.v.index_copy_(0, rows, v.reshape(-1, v.shape[3]))
+        at = self._len[..., None].long()
+        self.pos.scatter_(2, at, _new(self.seen_now, self.pos, at))
+        self._len += 1
+        self.seen_now += 1
+        self.replayed()
+        return self
+
+    def replayed(self) -> None:
+        self.counts = [[c + 1 for c in row] for row in self.counts]
+        self.free -= 1
+
+    def counted(self) -> object:
+        return [list(row) for row in self.counts], self.free
+
+    def recount(self, counted: object) -> None:
+        self.counts, self.free = counted  # type: ignore[misc]
+
+    def loose(self) -> RaggedStore:
+        out = object.__new__(RaggedStore)
+        out.__dict__.update({n: t for n, t in self.__dict__.items() if n not in ("seen_now", "size")})
+        return out
+
+    def view(self) -> KV:
+        m = self.size
+        bias = None if self.bias is None else self.bias[:, :, :m]
+        lens = self._len.clone()
+        return KV(self.k, self.v, "ragged", m, len=lens, offsets=self._offsets, pos=self.pos[:, :, :m], bias=bias)
+
+    def fork(self) -> RaggedStore:
+        return self.loose().fork()
+
+    def reorder(self, index: Tensor) -> None:
+        super().reorder(index)
+        self._len = self._len.clone()
+        self.seen_now = self.seen_now.index_select(0, index.to(self.k.device))
+        self.size = self.pos.shape[2]
+
+
+_KINDS: dict[type, Callable[..., Store]] = {DenseStore: FixedDense, RingStore: FixedRing, RaggedStore: FixedRagged}
+
+
+def _widen(t: Tensor, used: int, size: int) -> Tensor:
+    """`[B, G, size, ...]` with the first `used` entries of t; t itself where it has that size already."""
+    if t.shape[2] == size:
+        return t
+    out = t.new_zeros(*t.shape[:2], size, *t.shape[3:])
+    out[:, :, :used] = t[:, :, :used]
+    return out
+
+
+def _new(seen: Tensor, like: Tensor, at: Tensor) -> Tensor:
+    """Text positions of one new token a row, in the dtype of `like` and the shape of `at` `[B, G, 1]`."""
+    return seen[:, None, None].to(like.dtype).expand_as(at)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import CacheError
 from ..methods.base import LayerState, Selection
 from .dense import DenseStore
-from .fixed import FixedStore
+from .fixed import Fixed
 from .paged import PagedStore
 from .store import Store, last_positions
 
@@ -65,7 +65,7 @@ class LayerCache:
 
     def positions(self, n: int, device: torch.device) -> Tensor:
         """int64 `[B, n]`: the text positions of the last n tokens of each row."""
-        if isinstance(self.store, FixedStore):
+        if isinstance(self.store, Fixed):
             return self.store.seen_now[:, None] - n + torch.arange(n, device=device)
         return last_positions(self.seen, n, device)
 
