@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .calibrate import cli as calibration
 from .errors import FoveateError
 from .evals import cli as evals
 from .options import (
@@ -200,7 +201,8 @@ def run(
 
     ids = made.ids.to(net.device)
     asked = dict(max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
-    with use(net, chosen, backend=None if backend == "auto" else backend, gate=gate) as handle:
+    how = dict(backend=None if backend == "auto" else backend, gate=gate, graphs=net.device.type == "cuda")
+    with use(net, chosen, **how) as handle:
         streamer = Clocked(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stamps[0] = time.perf_counter()
         done = net.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **asked)
@@ -391,6 +393,7 @@ def _emit(result: dict[str, Any], text: str, json_file: str | None) -> None:
 
 
 evals.register(app)
+calibration.register(app)
 
 
 def main() -> None:

@@ -61,6 +61,8 @@ class Graphs:
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if ids is None or ids.shape[1] != 1 or not isinstance(cache, ContextCache) or cache.handle is not self.handle:
             return False
+        if self.handle.meter is not None:  # it wants to see every call
+            return False
         return not any(layer.cache.pending or layer.cache.store is None for layer in cache.layers)
 
     def why_not(self, kwargs: dict[str, Any]) -> str | None:
@@ -68,8 +70,6 @@ class Graphs:
         recipe, model = self.handle.recipe, self.handle.model
         if self.failed is not None:
             return self.failed
-        if self.handle.meter is not None:
-            return "a meter watches every call"
         if torch.is_grad_enabled() or model.training:
             return "gradients are on; use model.eval() and torch.no_grad()"
         if more := sorted(k for k, v in kwargs.items() if k not in PLAIN and v is not None and v is not False):

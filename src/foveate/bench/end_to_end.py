@@ -100,7 +100,7 @@ def _subjects(model: Any, recipes: Sequence[str], backend: str | None) -> dict[s
 
     def under(recipe: Recipe) -> Callable[..., Any]:
         def call_it(call: Callable[[], Any]) -> Any:
-            with use(model, recipe, backend=backend):
+            with use(model, recipe, backend=backend, graphs=model.device.type == "cuda"):
                 return call()
 
         return call_it

@@ -33,11 +33,12 @@ def cost(
     With `watch` a second, untimed pass adds densities and the first pass of the model is a warm-up that is not timed.
     """
     on_host = ids.device.type == "cpu"  # elsewhere the clock around `plan` sees only launches
-    with use(model, recipe, backend=backend) as handle, torch.no_grad():
+    with use(model, recipe, backend=backend, graphs=not on_host) as handle, torch.no_grad():
         if watch:
             handle.meter = seen = Diagnosis(recipe, backend, seed=seed)
             _generate(model, ids, 3, tick)
-        handle.meter = clock = StopWatch(lambda phase: None)
+        clock = StopWatch(lambda phase: None)
+        handle.meter = clock if on_host else None  # steps that are watched are not captured
         seconds, cache = _generate(model, ids, STEPS + 1, tick)
         values = {
             "first_token": seconds[0],

@@ -382,7 +382,7 @@ class _Runner:
             self.told[note] = None
 
     def _under(self, recipe: Recipe) -> Any:
-        return use(self.model, recipe, backend=self.plan.backend)
+        return use(self.model, recipe, backend=self.plan.backend, graphs=self.model.device.type == "cuda")
 
     def _add(
         self, recipe: Recipe, suite: str, task: str, length: int, protocol: str, index: int, tokens: int,
