@@ -31,9 +31,10 @@ def evaluations(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def drawings(found: dict[str, dict[str, Any]]) -> dict[Path, str]:
-    """The fronts of every evaluation. A drawing made from the same figures stays as it is: another matplotlib draws the
-    same points with other bytes."""
+    """Fronts of every evaluation, throughput of kernels. A drawing made from the same figures stays as it is: another
+    matplotlib draws the same points with other bytes."""
     from foveate.evals.frontier import points_of
+    from foveate.report.bench_plots import drawing, reused
     from foveate.report.eval_plots import digest, fronts_file
 
     out = {}
@@ -44,6 +45,12 @@ def drawings(found: dict[str, dict[str, Any]]) -> dict[Path, str]:
         there = path.read_text() if path.exists() else ""
         numbers = {r["settings"]: i for i, r in enumerate(data["recipes"], 1)}
         text = there if f"made from {digest(own)} " in there else fronts_file(own, numbers)
+        if text is not None:
+            out[path] = text
+    for stem, data in found.items():
+        path = FIGURES / f"{stem}.svg"
+        there = path.read_text() if path.exists() else ""
+        text = there if "bench" in data and reused(there, data) else drawing(stem, data)
         if text is not None:
             out[path] = text
     return out
@@ -80,7 +87,8 @@ def figures(found: dict[str, dict[str, Any]]) -> str:
     if (blocks := found.get("h100_blocks_fa4")) is not None:
         out.append(
             f"Block lists on one {blocks['device']}, 32 query and 8 kv heads, D 128, bf16, causal, blocks of 128 queries; "
-            "TFLOP/s over kept pairs, all in one process:\n\n" + blocks_table(blocks)
+            "TFLOP/s over kept pairs, all in one process:\n\n"
+            "![TFLOP/s against density](benchmarks/figures/h100_blocks_fa4.svg)\n\n" + blocks_table(blocks)
         )
     if (pages := found.get("h100_decode_pages")) is not None:
         out.append(
@@ -208,6 +216,8 @@ def benchmarks(found: dict[str, dict[str, Any]], figures: Iterable[Path]) -> str
             f"{k} {v}" for k, v in data["versions"].items() if k in ("python", "torch", "triton", "transformers")
         )
         parts.append(f"{data['bench']}: {data['device']}, {versions}, commit `{data['commit'][:12]}`, {data['date']}.")
+        if stem in drawn:
+            parts.append(f"![{stem}]({drawn[stem]})")
         parts.append(rows_table(data["rows"]))
     return "\n\n".join(parts) + "\n"
 

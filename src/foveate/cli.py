@@ -189,7 +189,8 @@ def run(
     from .report.table import seconds, size
 
     made = prompt_of(tokenizer, prompt, tokens, seed)
-    check_fits(made, getattr(net.get_decoder().config, "max_position_embeddings", None), new_tokens)
+    limit = getattr(net.get_decoder().config, "max_position_embeddings", None)
+    check_fits(made, None if chosen.extends else limit, new_tokens)
     stamps = [time.perf_counter()]
 
     class Clocked(TextStreamer):
