@@ -6,8 +6,8 @@
 Part "cost" times recipes in turns (nothing else may run then), "streams" measures running text, "tasks" asks questions:
 dense answers a few samples of every task; tasks it does at 60 % or more get all recipes and all samples, under the protocol
 "seen" and, for recipes with a cache policy, "unseen". Tasks and lengths can go to processes of their own and be joined (no
-more than two or three on a GPU: each wait takes a time slice). A folder can be resumed; when the time is over what is there stays. `foveate frontier --out FOLDER --summary FILE` makes the
-tables.
+more than two or three on a GPU: each wait takes a time slice). A folder can be resumed; when the time is over what is there
+stays. `foveate frontier --out FOLDER --summary FILE` makes the tables.
 """
 
 from __future__ import annotations

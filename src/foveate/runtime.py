@@ -254,6 +254,7 @@ def _input(
         softcap=info.softcap,
         rope=info.rope,
         window=info.window,
+        backend=info.backend,
         note=note,
     )
 

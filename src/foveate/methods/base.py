@@ -112,6 +112,7 @@ class AttnInput:
         step: decode steps since the last call of several tokens, 0 in the first one.
         rope: the model's rotation, if the adapter could supply it.
         window: the model's own sliding window in this layer, or None; the runtime applies it on top of any plan.
+        backend: the kernel backend the user named, for methods that call `attend` themselves; None: the best one.
         note: call with a sentence worth telling the user (kept once per run).
     """
 
@@ -127,6 +128,7 @@ class AttnInput:
     softcap: float | None = None
     rope: Rope | None = None
     window: int | None = None
+    backend: str | None = None
     note: Callable[[str], None] = lambda text: None
 
     @property
