@@ -7,11 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from .. import profile as profiles
 from ..errors import ConfigError
 from ..layout import Layout
 from ..scores.pooled import block_pool, pool_keys, top_blocks
 from ..scores.probes import factored, last_queries, vote
 from .base import AttnInput, Method, State, option
+from .minference_search import KernelAware
+from .search import Target
 
 PATTERNS = ("vertical_slash", "a_shape", "block_sparse")
 BLOCK = 64  # query rows and keys of a tile, in all three patterns
@@ -37,6 +40,7 @@ class MInference(Method):
 
     `pattern` holds for all heads. `profile[layer][head]` = (pattern, a, b) overrides it and the two sizes for single
     heads: (columns, diagonals), (init, recent) or (blocks, ignored). It has an entry for every layer and query head.
+    As text it names a folder that `foveate calibrate minference` wrote, whose search is the paper's (`KernelAware`).
     `share` "group" lets the query heads of a kv head vote together (by their highest score) for one list.
     Layers below `starting_layer` stay dense.
     """
@@ -51,7 +55,7 @@ class MInference(Method):
     recent: int = option(4096, low=1)
     blocks: int = option(100, low=1)
     starting_layer: int = option(0, low=0)
-    profile: Profile | None = None
+    profile: Profile | str | None = None
     share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
 
     id: ClassVar[str] = "minference"
@@ -68,9 +72,12 @@ class MInference(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.profile is not None:
-            _check_profile(self.profile)
             if self.share == "group":
                 raise ConfigError("minference: share='group' does not go with a profile, which is per query head")
+            if isinstance(self.profile, str):
+                profiles.of(self.id, self.profile)  # a folder that is none is an error here, not at the first token
+            else:
+                _check_profile(self.profile)
 
     @property
     def min_length(self) -> int:
@@ -81,6 +88,9 @@ class MInference(Method):
             "block_sparse": self.blocks * BLOCK,
         }
         return 50_000 * budget[self.pattern] // 7096
+
+    def search(self, target: Target) -> KernelAware:
+        return KernelAware(self, target)
 
     def plan(self, x: AttnInput, state: State) -> Layout | None:
         if x.layer < self.starting_layer:
@@ -106,10 +116,10 @@ class MInference(Method):
             }
             entries: tuple[Entry, ...] = ((self.pattern, *sizes[self.pattern]),) * h
         else:
-            if len(self.profile) != x.layers or len(self.profile[x.layer]) != h:
-                have = f"{len(self.profile)} layers, {len(self.profile[min(x.layer, len(self.profile) - 1)])} heads"
+            layers, heads, entries = _at(self.profile, x.layer)
+            if (layers, heads) != (x.layers, h):
+                have = f"{layers} layers, {heads} heads"
                 raise ConfigError(f"minference: profile expected {x.layers} layers with {h} heads each, got {have}")
-            entries = self.profile[x.layer]
         return [e[0] for e in entries], tuple(e[1] for e in entries), tuple(e[2] for e in entries)
 
     # ------------------------------------------------------------------ the three patterns, each for all heads
@@ -157,6 +167,24 @@ _BUILD = {
     "a_shape": MInference._a_shape,
     "block_sparse": MInference._block_sparse,
 }
+
+
+def _at(profile: Profile | str, layer: int) -> tuple[int, int, tuple[Entry, ...]]:
+    """(layers, heads, entries of one layer) of a profile or of the folder that holds it; the last layer's where there is
+    no such layer."""
+    if not isinstance(profile, str):
+        entries = profile[min(layer, len(profile) - 1)]
+        return len(profile), len(entries), entries
+    found = profiles.of("minference", profile)
+    assert found is not None
+    names, sizes = (found.tensors.get(n) for n in ("pattern", "sizes"))
+    if names is None or sizes is None or names.dim() != 2 or sizes.shape != (*names.shape, 2):
+        raise ConfigError(f"minference: {profile!r} expected tensors pattern [layers, heads] and sizes [layers, heads, 2]")
+    if int(names.min()) < 0 or int(names.max()) >= len(PATTERNS) or int(sizes.min()) < 0:
+        raise ConfigError(f"minference: {profile!r} expected patterns 0 to {len(PATTERNS) - 1} and sizes >= 0")
+    at = min(layer, names.shape[0] - 1)
+    pairs = zip(names[at].tolist(), sizes[at].tolist(), strict=True)
+    return names.shape[0], names.shape[1], tuple((PATTERNS[n], a, b) for n, (a, b) in pairs)
 
 
 def _check_profile(profile: Any) -> None:
