@@ -1,0 +1,224 @@
+"""Qwen2.5-1M: dual chunk attention beyond the model's positions, with vertical-slash selection in every chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import profile as profiles
+from ..errors import ConfigError, UnsupportedError
+from ..kv import KV
+from ..layout import Layout, Part, Parts
+from ..scores.dual_chunk import REGIONS, Chunks, Lists, by_region, cut, join, only, probe, ranges
+from ..scores.probes import vote
+from ..scores.rotation import moved
+from .base import AttnInput, Method, Rope, State, option
+
+TRIVIAL = 30  # the smallest published number of columns: no more than the sink, so 100 are added
+
+
+@dataclass(frozen=True)
+class Qwen1M(Method):
+    """Yang et al. 2025, "Qwen2.5-1M Technical Report" (arXiv 2501.15383), with the positions of An et al. 2024 (DCA).
+
+    Positions: chunks of `chunk - local` tokens. Distances are true inside a chunk and up to `local` + 1 over one
+    boundary; none exceeds `chunk`, so a model reads far beyond the length it was trained on. Up to `chunk` tokens
+    nothing changes. With `original` (the trained length) logits of row i gain f^2, f = max(1, 0.1 ln((i + 1) /
+    original) + 1).
+
+    Prompts of more than `threshold` tokens are sparse (`sparse=false`: never, dual chunk attention alone). The
+    `last_q` last queries of each chunk vote for `columns` keys and `diagonals` distances, `sink` first keys and `near`
+    distances among them, as in MInference; 30 columns count as 130. `profile` names the sizes per head that the
+    refinement (`search`) found: both sizes grow by `step` until a head's recall meets the target. Decode is dense.
+
+    Differs from the published code: f follows each row's own length instead of the prompt's, so chunked prefill and
+    decode agree with the whole prompt; distances become tiles of a grid aligned to the chunks, a few more keys than
+    unaligned ones (up to twice for a lone distance); empty lists stay empty. `share` "group" lets the heads of a kv
+    head vote together.
+    """
+
+    chunk: int = option(8192, low=2)
+    local: int = option(1024, low=1)
+    threshold: int = option(32768, low=0)
+    sparse: bool = option(True)
+    columns: int = option(1000, low=0)
+    diagonals: int = option(6096, low=0)
+    sink: int = option(30, low=1)
+    near: int = option(100, low=1)
+    last_q: int = option(64, low=1)
+    block: int = option(64, low=1)
+    original: int | None = option(None, low=1)
+    step: int = option(2048, low=1)
+    profile: str | None = option(None)
+    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+
+    id: ClassVar[str] = "qwen1m"
+    roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")
+    selection: ClassVar[str] = "prompt"
+    source: ClassVar[str] = "Yang et al. 2025, arXiv 2501.15383"
+    extends: ClassVar[bool] = True
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "1m": {"chunk": 262144, "local": 8192, "original": 262144},
+        "8k": {"threshold": 2048, "columns": 800, "diagonals": 100},
+        # Plain dual chunk attention for a model of 8,192 positions; the block is the one that GPU kernels are made for.
+        "dca": {"chunk": 7040, "local": 1024, "sparse": False, "block": 128},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.local >= self.chunk:
+            raise ConfigError(f"qwen1m: local expected below chunk = {self.chunk}, got {self.local}")
+        if (self.chunk - self.local) % self.block:
+            raise ConfigError(
+                f"qwen1m: chunk - local expected a multiple of block = {self.block}, got {self.chunk - self.local}"
+            )
+
+    @property
+    def min_length(self) -> int:
+        """Up to `chunk` tokens positions are the true ones, up to `threshold` nothing is dropped."""
+        return (min(self.chunk, self.threshold) if self.sparse else self.chunk) + 1
+
+    @property
+    def grid(self) -> Chunks:
+        return Chunks(self.chunk, self.local)
+
+    def plan(self, x: AttnInput, state: State) -> Layout | Parts | None:
+        if x.phase == "decode":
+            return self._decode(x, state)
+        grid, m = self.grid, x.start + x.q.shape[2]
+        sparse, warm = self.sparse and m > self.threshold, self._warm(m)
+        if m <= grid.exact and not sparse:
+            return Parts((Part(x.dense(), q=self._tempered(x)),)) if warm else None
+        q = self._tempered(x) if warm else x.q
+        last = (m - 1) // grid.length  # chunk of the newest row
+        far = grid.far(x.kv, (last - 1) * grid.length, _rope(x)) if last >= 2 else None
+        first, blocks = x.start // self.block, -(-m // self.block) - x.start // self.block
+        if sparse:
+            found = self._selected(x, q, far)
+        else:
+            found = ranges(first, blocks, self.block, grid.length, x.device)
+        parts = [Part(self._layout(x, found["intra"]), q=q if warm else None)]
+        if last >= 1:
+            moves = m > grid.exact
+            query = moved(q, _rope(x), _pos(x), grid.succ(_pos(x))) if moves else q
+            parts.append(Part(self._layout(x, found["succ"]), q=query if moves or warm else None))
+        if far is not None:
+            query = moved(q, _rope(x), _pos(x), torch.full_like(_pos(x), grid.inter))
+            parts.append(Part(self._layout(x, found["inter"], far), q=query, kv=far))
+        return parts[0].layout if len(parts) == 1 and not warm else Parts(tuple(parts))
+
+    def search(self, target: Any) -> Any:
+        from .qwen1m_search import Refinement
+
+        return Refinement(self, target)
+
+    # ------------------------------------------------------------------ prefill
+    def _selected(self, x: AttnInput, q: Tensor, far: KV | None) -> dict[str, Lists]:
+        """Lists of the three regions for all query blocks, chunk by chunk of queries."""
+        length, n = self.grid.length, x.q.shape[2]
+        flat, columns, diagonals = x.kv.to_dense(), *self._sizes(x)
+        parts: dict[str, list[Lists]] = {name: [] for name in REGIONS}
+        for number in range(x.start // length, (x.start + n - 1) // length + 1):
+            a, z = max(0, number * length - x.start), min(n, (number + 1) * length - x.start)
+            end, rows = x.start + z, slice(max(a, z - self.last_q), z)
+            seen = probe(
+                q[:, :, rows],
+                _pos(x)[:, rows],
+                cut(flat, 0, end),
+                far if number >= 2 else None,
+                self.grid,
+                x.rope,
+                scale=x.scale,
+                softcap=x.softcap,
+                reduce="max" if self.share == "group" else "none",
+            )
+            chosen = vote(seen, end, columns, diagonals, sink=self.sink, local=self.near)
+            first = (x.start + a) // self.block
+            some = by_region(chosen, first, -(-end // self.block) - first, self.block, length)
+            for name in REGIONS:
+                parts[name].append(some[name])
+        return {name: join(some, 2) for name, some in parts.items()}
+
+    def _layout(self, x: AttnInput, found: Lists, far: KV | None = None) -> Layout:
+        b, h, n, m = x.shape
+        tiles, tile_count, entries, entry_count = found
+        alone = entries.shape[-1] == 0
+        return Layout(
+            (b, h, n, m if far is None else far.capacity),
+            causal=far is None,  # all far keys are in the past of every row that lists them
+            block_q=self.block,
+            q_offset=x.offset(self.block),
+            tile_width=self.block,
+            q_pos=x.layout_pos() if far is None else None,
+            tiles=tiles,
+            tile_count=tile_count,
+            entries=None if alone else entries,
+            entry_count=None if alone else entry_count,
+        )
+
+    def _sizes(self, x: AttnInput) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Columns and diagonals of each list."""
+        heads = x.groups if self.share == "group" else x.q.shape[1]
+        found = profiles.of(self.id, self.profile)
+        if found is None:
+            both = [[self.columns] * heads, [self.diagonals] * heads]
+        else:
+            both = []
+            for name in ("columns", "diagonals"):
+                t = found.tensors.get(name)
+                if t is None or tuple(t.shape) != (x.layers, heads):
+                    got = "nothing" if t is None else str(list(t.shape))
+                    raise ConfigError(f"qwen1m: profile expected {name} of shape {[x.layers, heads]}, got {got}")
+                both.append(t[x.layer].tolist())
+        columns = (max(n + 100 if n == TRIVIAL else n, self.sink) for n in both[0])
+        return tuple(columns), tuple(max(n, self.near) for n in both[1])
+
+    # ------------------------------------------------------------------ decode: one partial softmax per chunk of keys
+    def _decode(self, x: AttnInput, state: State) -> Parts | None:
+        grid, (b, h, _, m) = self.grid, x.shape
+        moved_about = x.kv.pos is not None  # entries in no order of position, or fewer than were seen
+        if not moved_about and m <= grid.exact and not self._warm(m):
+            return None
+        rope, pos = _rope(x), _pos(x)
+        longest = m
+        if moved_about:  # one look at the device per step, not per layer
+            if "qwen1m.longest" not in state.step:
+                state.step["qwen1m.longest"] = int(pos.max()) + 1
+            longest = state.step["qwen1m.longest"]
+        acc = torch.float64 if x.q.dtype == torch.float64 else torch.float32
+        plain = rope.unrotate((self._tempered(x) if self._warm(longest) else x.q).to(acc), pos)
+        whole = moved_about or (x.kv.kind == "paged" and grid.length % x.kv.k.shape[1] != 0)
+        parts = []
+        for number in range(-(-longest // grid.length)):
+            lo, hi = number * grid.length, (number + 1) * grid.length
+            kv = only(x.kv, lo, hi) if whole else cut(x.kv, lo, min(hi, m))
+            q = rope.rotate(plain, grid.towards(pos, number)).to(x.q.dtype)
+            parts.append(Part(Layout.dense(b, h, 1, kv.capacity, causal=False), q=q, kv=kv))
+        return Parts(tuple(parts))
+
+    # ------------------------------------------------------------------ temperature
+    def _warm(self, length: int) -> bool:
+        return self.original is not None and length > self.original
+
+    def _tempered(self, x: AttnInput) -> Tensor:
+        """Queries times f^2 of their own length."""
+        assert self.original is not None
+        f = 1 + 0.1 * ((_pos(x) + 1).float() / self.original).log().clamp(min=0)
+        return (x.q * (f * f)[:, None, :, None]).to(x.q.dtype)
+
+
+def _rope(x: AttnInput) -> Rope:
+    if x.rope is None:
+        raise UnsupportedError("qwen1m: needs the model's rotation to move queries to other positions; none was found")
+    return x.rope
+
+
+def _pos(x: AttnInput) -> Tensor:
+    """int64 `[B, N]`, true positions of the query rows."""
+    if x.q_pos is None:
+        steps = torch.arange(x.start, x.start + x.q.shape[2], device=x.device)
+        return steps.expand(x.q.shape[0], -1)
+    return x.q_pos

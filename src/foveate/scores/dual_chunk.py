@@ -1,0 +1,189 @@
+"""Dual chunk attention: where queries and keys stand so that no distance exceeds a chunk, and lists cut by region.
+
+An et al. 2024, "Training-Free Long-Context Scaling of Large Language Models" (arXiv 2402.17463), as used by
+Yang et al. 2025, "Qwen2.5-1M Technical Report" (arXiv 2501.15383).
+
+The text is cut into chunks of L = size - local tokens. A query of chunk C reads three regions: the keys of its own chunk
+("intra"), those of chunk C - 1 ("succ") and all before ("inter"). Keys of all regions count as standing at j mod L.
+The cache keeps keys rotated at their true position j, so intra queries stay what they are, succ queries move, and for
+inter either the keys move (prefill: once for all rows) or the query does, once per key chunk (decode).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import lists
+from ..kv import KV
+from .keys import pieces
+from .probes import Probe, last_queries
+from .rotation import moved
+
+if TYPE_CHECKING:
+    from ..methods.base import Rope
+
+REGIONS = ("intra", "succ", "inter")
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # tile starts, counts, entries, counts, as in `Layout`
+Choice = tuple[Tensor, Tensor, Tensor, Tensor]  # keys, counts, distances, counts, as `probes.vote` gives them
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The positions of dual chunk attention. size: c_s, the largest distance. local: how far over a boundary distances
+    stay true."""
+
+    size: int
+    local: int
+
+    @property
+    def length(self) -> int:
+        """L, tokens of a chunk."""
+        return self.size - self.local
+
+    @property
+    def inter(self) -> int:
+        """The position of every query towards chunks before the last one, counted from the start of each of them."""
+        return min(2 * self.length - 1, self.size)
+
+    @property
+    def exact(self) -> int:
+        """Up to this many tokens every distance is the true one."""
+        return self.size if 2 * self.local <= self.size else self.length
+
+    def succ(self, pos: Tensor) -> Tensor:
+        """Where queries at `pos` stand for keys of the chunk before theirs that are rotated at true positions."""
+        return torch.minimum(pos, (pos // self.length - 1) * self.length + self.size)
+
+    def towards(self, pos: Tensor, chunk: int) -> Tensor:
+        """Where queries at `pos` stand for the keys of chunk number `chunk` that are rotated at true positions."""
+        own = pos // self.length
+        near = torch.where(own == chunk, pos, self.succ(pos))
+        return torch.where(own > chunk + 1, chunk * self.length + self.inter, near)
+
+    def far(self, kv: KV, end: int, rope: Rope) -> KV:
+        """Entries 0..end of a view in text order, as a dense copy whose keys are rotated at j mod L."""
+        flat = cut(kv.to_dense(), 0, end)
+        at = torch.arange(end, device=kv.device).expand(flat.shape[0], end)
+        return replace(flat, k=moved(flat.k, rope, at, at % self.length))
+
+
+def cut(kv: KV, lo: int, hi: int) -> KV:
+    """Entries lo..hi of a view without positions of its own, nothing copied. Of pages only whole ones: lo % page == 0."""
+    parts = {n: t[:, :, lo:hi] for n in ("bias",) if (t := getattr(kv, n)) is not None}
+    length = None if kv.len is None else (kv.len - lo).clamp(0, hi - lo)
+    if kv.kind == "dense":
+        return replace(kv, k=kv.k[:, :, lo:hi], v=kv.v[:, :, lo:hi], capacity=hi - lo, len=length, **parts)
+    if kv.kind == "ragged":
+        assert kv.offsets is not None
+        return replace(kv, offsets=kv.offsets + lo, capacity=hi - lo, len=length, **parts)
+    assert kv.table is not None
+    page = kv.k.shape[1]
+    table = kv.table[:, :, lo // page : -(-hi // page)]
+    wide = table.shape[2] * page
+    if "bias" in parts:
+        parts["bias"] = pad(parts["bias"], (0, wide - (hi - lo)))
+    return replace(kv, table=table, capacity=wide, len=length, **parts)
+
+
+def only(kv: KV, lo: int, hi: int) -> KV:
+    """All entries of a view, those outside text positions lo..hi hidden: where entries stand in no order."""
+    pos = kv.positions()
+    bias = torch.zeros(pos.shape, device=kv.device) if kv.bias is None else kv.bias
+    return replace(kv, bias=bias.masked_fill((pos < lo) | (pos >= hi), float("-inf")))
+
+
+# ---------------------------------------------------------------------- the probe of one chunk of queries
+def probe(q: Tensor, pos: Tensor, kv: KV, far: KV | None, grid: Chunks, rope: Rope | None, **how: object) -> Probe:
+    """What the last queries of one chunk look at, by text position and by distance, with continuous positions.
+
+    "Critical" positions: towards the chunk before, the true distance i - j; towards earlier ones u + c_s - j mod L,
+    not cut off, so that a diagonal stays one in every chunk.
+
+    Args:
+        q: `[B, H, n, D]`, rotated at `pos` `[B, n]`, all of one chunk. kv: dense, ends with the last of them.
+        far: `Chunks.far` of at least the chunks before the last one; None where there is none.
+        how: scale, softcap, reduce and rows of `last_queries`.
+    """
+    rows = q.shape[2]
+    if far is None:
+        return last_queries(q, kv, rows, **how)  # type: ignore[arg-type]
+    assert rope is not None
+    m, length = kv.capacity, grid.length
+    own = (m - 1) // length
+    edge = (own - 1) * length
+    shift = grid.size - own * length  # towards the far keys, which stand at j mod L, this moves queries to c_s + u
+    at = torch.arange(edge, m, device=q.device).expand(q.shape[0], m - edge)
+    k = torch.cat([far.k[:, :, :edge], moved(kv.k[:, :, edge:], rope, at, at + shift)], 2)
+    return last_queries(moved(q, rope, pos, pos + shift), replace(kv, k=k, v=k), rows, **how)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- lists
+def ranges(first: int, blocks: int, block: int, length: int, device: torch.device) -> dict[str, Lists]:
+    """Every key of every region, as tiles of `block` keys for the query blocks first..first + blocks (aligned grids)."""
+    each = length // block
+    row = torch.arange(first, first + blocks, device=device)
+    own = row // each * each
+    last = (first + blocks - 1) // each * each
+    none = torch.zeros(1, 1, blocks, 0, dtype=torch.int32, device=device)
+    out = {}
+    for name, lo, hi, width in (
+        ("intra", own, row + 1, min(each, first + blocks)),
+        ("succ", (own - each).clamp(min=0), own, each),
+        ("inter", torch.zeros_like(own), (own - each).clamp(min=0), max(1, last - each)),
+    ):
+        count = hi - lo
+        step = torch.minimum(torch.arange(width, device=device), (count - 1).clamp(min=0)[:, None])
+        tiles = ((lo[:, None] + step) * block).int()
+        out[name] = (tiles[None, None], count.int()[None, None], none, none.sum(-1, dtype=torch.int32))
+    return out
+
+
+def by_region(chosen: Choice, first: int, blocks: int, block: int, length: int) -> dict[str, Lists]:
+    """Lists of the query blocks first..first + blocks, all of one chunk, for its voted keys and distances.
+
+    A distance d joins a block of queries with the key blocks d // block and, unless it is a multiple, one more before
+    it; those are the tiles. Keys inside a tile of their row are dropped. Waits for the device once per piece of memory.
+    """
+    keys, many, distances, count = chosen
+    b, heads, device = keys.shape[0], keys.shape[1], keys.device
+    nk = first + blocks
+    edge = first * block // length * length  # where the own chunk begins
+    bounds = {"intra": (edge, nk * block), "succ": (max(0, edge - length), edge), "inter": (0, max(0, edge - length))}
+    used = lists.used_slots(distances, count)
+    touched = torch.zeros(b, heads, nk + 2, dtype=torch.bool, device=device)
+    for extra in (0, block - 1):
+        where = torch.where(used, (distances + extra) // block, nk + 1).clamp(max=nk + 1)
+        touched.scatter_(-1, where.long(), True)
+    gap = torch.arange(first, nk, device=device)[:, None] - torch.arange(nk, device=device)
+    live = lists.used_slots(keys, many)
+    parts: dict[str, list[Lists]] = {name: [] for name in bounds}
+    for lo, hi in pieces(heads, 8 * b * blocks * (nk + keys.shape[-1])):
+        on = touched[:, lo:hi][..., gap.clamp(min=0)] & (gap >= 0)  # [B, heads, blocks, nk]
+        key = keys[:, lo:hi, None].expand(-1, -1, blocks, -1)
+        alone = live[:, lo:hi, None] & ~on.gather(-1, (key // block).long())
+        for name, (start, stop) in bounds.items():
+            tiles, tile_count = lists.compact(on[..., start // block : stop // block])
+            slots, entry_count = lists.compact(alone & (key >= start) & (key < stop))
+            tiles, slots = lists.trim(tiles, tile_count), lists.trim(slots, entry_count)
+            parts[name].append((tiles * block + start, tile_count, key.gather(-1, slots.long()), entry_count))
+    return {name: join(some, 1) for name, some in parts.items()}
+
+
+def join(some: Sequence[Lists], dim: int) -> Lists:
+    """Lists of several heads (dim 1) or of several runs of query blocks (dim 2) as one, padded to the widest."""
+    if len(some) == 1:
+        return some[0]
+    out = []
+    for slot in range(4):
+        tensors = [one[slot] for one in some]
+        if slot % 2 == 0:
+            wide = max(t.shape[-1] for t in tensors)
+            tensors = [pad(t, (0, wide - t.shape[-1])) for t in tensors]
+        out.append(torch.cat(tensors, dim))
+    return out[0], out[1], out[2], out[3]
