@@ -279,7 +279,7 @@ def test_through_the_runtime():
     assert [p.length << len(p.levels) >= n for p, n in zip(plans, (100, 150, 50), strict=True)] == [True] * 3
     q, k, v = qkv(1, 4, 2, 150)
     text = "hyperattention:block=16,samples=8,min_seq_len=32"
-    drive = Drive(Recipe.of(text))
+    drive = Drive(Recipe.of(text), backend=None)
     x = call(q, k, v, layer=2, layers=4)
     assert torch.equal(drive(q, k, v), run(parse(text), x)[0])
     drive = Drive(Recipe.of(f"{text}+cache=streaming_llm:sink=4,window=60"))

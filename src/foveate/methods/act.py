@@ -50,7 +50,7 @@ class ACT(Method):
         """Dense attention, calibrated. The log-sum-exp and the mass are those of dense attention, where computed."""
         from ..kernels.dispatch import attend
 
-        how: dict[str, Any] = dict(scale=x.scale, softcap=x.softcap)
+        how: dict[str, Any] = dict(scale=x.scale, softcap=x.softcap, backend=x.backend)
         heads = self.heads(x)
         if heads is None or x.kv.pos is not None:
             out, lse = attend(x.q, x.kv, plan, return_lse=True, **how)
@@ -95,11 +95,11 @@ class ACT(Method):
             named: dict[str, Any] = dict(entries=columns[:, :, None], entry_count=(count * heads)[:, :, None])
         else:
             named = dict(block_q=64, q_offset=x.offset(64), columns=columns, column_count=count * heads)
-        how: dict[str, Any] = dict(scale=x.scale, softcap=x.softcap, return_lse=True)
+        how: dict[str, Any] = dict(scale=x.scale, softcap=x.softcap, backend=x.backend, return_lse=True)
         there, part = attend(x.q, x.kv, Layout(x.shape, q_pos=x.layout_pos(), **named), **how)
         f = (part - lse).exp()[..., None]  # mass on the hidden sinks
         used = lists.used_slots(columns, count * heads)
-        rest = attend(*_without(x, columns, used), scale=x.scale, softcap=x.softcap)
+        rest = attend(*_without(x, columns, used), scale=x.scale, softcap=x.softcap, backend=x.backend)
         assert isinstance(rest, Tensor)
         mixed = (1 - self.beta * f) * rest.view_as(out) + self.beta * f * there
         return torch.where(f > 0, mixed.to(out.dtype), out)

@@ -126,7 +126,7 @@ class HyperAttention(Method):
     def attend(self, x: AttnInput, plan: Layout | Parts, state: State) -> tuple[Tensor, Tensor, None]:
         """(out `[B, H, N, Dv]`, lse `[B, H, N]`, None). Differentiable in queries, keys and values."""
         if not isinstance(plan, Hashed):
-            out, lse = attend(x.q, x.kv, plan, scale=x.scale, softcap=x.softcap, return_lse=True)
+            out, lse = attend(x.q, x.kv, plan, scale=x.scale, softcap=x.softcap, return_lse=True, backend=x.backend)
             return out, lse, None
         n, start = x.q.shape[2], x.start
         kv = x.kv if x.kv.kind == "dense" else x.kv.to_dense()
@@ -148,13 +148,13 @@ class HyperAttention(Method):
         """Causal attention within each run of `length` rows."""
         q, k, v = (_runs(t, length) for t in (q, k, v))
         layout = Layout.dense(len(q), q.shape[1], length, length)
-        out, lse = attend(q, (k, v), layout, scale=x.scale, softcap=x.softcap, return_lse=True)
+        out, lse = attend(q, (k, v), layout, scale=x.scale, softcap=x.softcap, return_lse=True, backend=x.backend)
         return _joined(out, x.q.shape[0]), _joined(lse[..., None], x.q.shape[0])[..., 0]
 
     def _squares(self, x: AttnInput, q: Tensor, k: Tensor, v: Tensor, squares: Squares) -> Result:
         """Queries `[S, H, nq, D]` on keys `[S, G, nk, D]`: the blocks of the sorted order, and the samples beside them."""
         (s, h, nq, _), nk, m = q.shape, k.shape[2], squares.samples.shape[-1]
-        options: dict[str, Any] = dict(scale=x.scale, softcap=x.softcap, return_lse=True)
+        options: dict[str, Any] = dict(scale=x.scale, softcap=x.softcap, return_lse=True, backend=x.backend)
         q = _take(q, squares.queries)
         tiles = torch.arange(squares.blocks, device=q.device)[None, None, :, None] * squares.width
         grid: dict[str, Any] = dict(block_q=squares.rows, causal=False, validate=False)
