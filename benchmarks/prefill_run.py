@@ -44,7 +44,6 @@ RECIPES = (
     *(f"xattention:threshold={t}" for t in (0.8, 0.9, 0.95)),
     *(f"spargeattn:theta=-0.1,cdf={c}" for c in (0.8, 0.9, 0.95)),
     *(f"anchor_attention:theta={t}" for t in (8.0, 12.0)),
-    "seerattention",
     "sale",
     "hip",
     "hyperattention",
@@ -279,9 +278,10 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Every recipe at every length, as a result of kind "prefill attention"; written to `out` after each recipe."""
     began, device = time.monotonic(), torch.device(device)
-    old = results.load(out) if out is not None and Path(out).exists() else {"rows": [], "notes": [], "concentration": {}}
+    old = results.load(out) if out is not None and Path(out).exists() else {"rows": [], "concentration": {}}
     rows = {(r["case"], r["impl"]): Row(**r) for r in old["rows"]}
-    notes, spread = list(old["notes"]), dict(old["concentration"])
+    notes: list[str] = []  # of this run: what failed before is tried again
+    spread = dict(old["concentration"])
     data: dict[str, Any] = {}
 
     def save() -> None:

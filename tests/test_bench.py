@@ -159,3 +159,31 @@ def test_decode_problems_run():
     assert not data["notes"]
     assert [r["case"] for r in data["rows"]] == ["decode dense"] * 2 + ["decode pages"] * 4
     assert all(r["max_error"] < 1e-5 for r in data["rows"]) and data["rows"][-1]["density"] == 0.25
+
+
+def test_the_prefill_benchmark_measures_what_it_can_and_goes_on(tmp_path):
+    from benchmarks import prefill_run
+
+    with torch.inference_mode():
+        few = dict(shape=(4, 2, 32), rounds=1, device="cpu", dtype=torch.float32, out=tmp_path / "p.json")
+        recipes = ["streaming_llm:sink=4,window=64", "nobody", "flexprefill:block=16,min_budget=16,gamma=0.5"]
+        data = prefill_run.run([300], recipes, **few)
+        rows = {r["impl"]: r for r in data["rows"]}
+        assert list(rows) == [recipes[0], "dense, SDPA", "dense, ours", recipes[2]] and len(data["notes"]) == 1
+        window, flex = (rows[recipes[i]] for i in (0, 2))
+        # The mass kept against a softmax over all pairs.
+        q, k, _ = prefill_run.made(300, 4, 2, 32, device="cpu")
+        i, j = torch.arange(300)[:, None], torch.arange(300)
+        p = (q[0] @ k[0].repeat_interleave(2, 0).mT / 32**0.5).masked_fill(j > i, -math.inf).softmax(-1)
+        kept = (p * ((j < 4) | (i - j < 64))).sum(-1)[:, torch.linspace(18, 299, 282).long()]
+        assert window["params"]["mass"] == pytest.approx(float(kept.mean()), abs=1e-3)
+        assert window["params"]["mass_least_head"] == pytest.approx(float(kept.mean(-1).min()), abs=1e-3)
+        for r in (window, flex):
+            assert 0.1 < r["params"]["mass_least_head"] <= r["params"]["mass"] < 1 and r["params"]["error"] > 0
+            assert 0 < r["density"] <= r["params"]["density_computed"] and r["params"]["speedup"] > 0
+            assert r["ms"]["median"] == pytest.approx(r["params"]["plan_ms"] + r["params"]["attend_ms"], abs=2e-3)
+        again = prefill_run.run([300], [*recipes[:1], "dense"], **few)
+        assert [r for r in again["rows"] if r["impl"] == recipes[0]] == [window]
+        assert {r["impl"]: r for r in again["rows"]}["dense"]["params"]["mass"] == pytest.approx(1, abs=1e-4)
+    assert f"| `{recipes[0]}` | {window['params']['mass']:.3f} |" in prefill_run.table(again)
+    assert results.load(tmp_path / "p.json")["rows"] == again["rows"]
