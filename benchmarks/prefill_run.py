@@ -30,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from foveate import attend
 from foveate.bench import results
 from foveate.bench.results import Row
+from foveate.bench.tables import prefill_table
 from foveate.kernels.base import Want
 from foveate.kernels.dispatch import choose
 from foveate.kv import KV
@@ -327,26 +328,6 @@ def line(row: Row) -> str:
     )
 
 
-def table(data: dict[str, Any]) -> str:
-    """The result as markdown, a block of rows for each length, by mass kept."""
-    head = "| recipe | mass kept | density | plan ms | attend ms | speed-up over cuDNN |"
-    lines = []
-    for case in dict.fromkeys(r["case"] for r in data["rows"]):
-        mine = sorted((r for r in data["rows"] if r["case"] == case), key=lambda r: -r["params"].get("mass", 2))
-        lines += [f"**{case}**", "", head, "| --- " * 6 + "|"]
-        for r in mine:
-            p, ms = r["params"], r["ms"]["median"]
-            if "mass" in p:
-                lines.append(
-                    f"| `{r['impl']}` | {p['mass']:.3f} | {p['density_computed']:.3f} | {p['plan_ms']:.2f} | "
-                    f"{p['attend_ms']:.2f} | {p['speedup']:.2f} |"
-                )
-            else:
-                lines.append(f"| {r['impl']} | 1 | 1 | - | {ms:.2f} | - |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", default="32768,131072", help="tokens, joined by commas")
@@ -366,7 +347,7 @@ def main() -> None:
             dtype=torch.float32 if small else torch.bfloat16,
             rounds=args.rounds, device=device, seconds=args.seconds, out=args.out,
         )  # fmt: skip
-    print(table(data))
+    print(prefill_table(data))
 
 
 if __name__ == "__main__":

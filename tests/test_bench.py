@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from foveate.bench import kernels, results, workloads
+from foveate.bench.tables import prefill_table
 from foveate.errors import ConfigError
 from foveate.kernels.base import Want
 from foveate.layout import Layout
@@ -185,5 +186,5 @@ def test_the_prefill_benchmark_measures_what_it_can_and_goes_on(tmp_path):
         again = prefill_run.run([300], [*recipes[:1], "dense"], **few)
         assert [r for r in again["rows"] if r["impl"] == recipes[0]] == [window]
         assert {r["impl"]: r for r in again["rows"]}["dense"]["params"]["mass"] == pytest.approx(1, abs=1e-4)
-    assert f"| `{recipes[0]}` | {window['params']['mass']:.3f} |" in prefill_run.table(again)
+    assert f"| `{recipes[0]}` | {window['params']['mass']:.3f} |" in prefill_table(again)
     assert results.load(tmp_path / "p.json")["rows"] == again["rows"]

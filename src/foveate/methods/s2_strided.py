@@ -11,6 +11,8 @@ from torch import Tensor
 from ..layout import Layout
 from .base import AttnInput, Method, State, option
 
+MOST = 1 << 26  # numbers in lists (256 MiB); beyond, the kernel expands the rule itself
+
 
 @dataclass(frozen=True)
 class S2Strided(Method):
@@ -60,7 +62,10 @@ class S2Strided(Method):
             assert x.q_pos is not None
             window = x.q_pos % self.block + 1 + (self.local - 1) * self.block
             return self._rule(x, 1, window=window, **rule)
-        tiles, count = self._band(x, -(-(x.q.shape[2] + x.offset(self.block)) // self.block))
+        rows = -(-(x.q.shape[2] + x.offset(self.block)) // self.block)
+        if self.sink == 0 and (lists := self._lists(x, rows, stride, phase)) is not None:
+            return lists
+        tiles, count = self._band(x, rows)
         return replace(self._rule(x, self.block, **rule), tiles=tiles, tile_count=count)
 
     def shards(self, heads: int, x: AttnInput) -> tuple[Tensor, Tensor]:
@@ -80,6 +85,30 @@ class S2Strided(Method):
     def _rule(self, x: AttnInput, block_q: int, **rule: Any) -> Layout:
         grid: dict[str, Any] = dict(block_q=block_q, q_offset=x.offset(block_q), q_pos=x.layout_pos())
         return Layout.static(x.shape, device=x.device, validate=False, **grid, **rule)
+
+    def _lists(self, x: AttnInput, rows: int, stride: Tensor, phase: Tensor) -> Layout | None:
+        """The same blocks as lists, which the fastest kernels read; None where they would not be small."""
+        size, first = self.block, x.start // self.block
+        least = 1 if self.dense_heads else self.stride
+        width = max(0, (first + rows - 1 - self.local) // least + 1) + min(self.local, first + rows)
+        if len(stride) * rows * width > MOST:
+            return None
+        number = first + torch.arange(rows, dtype=torch.int32, device=x.device)
+        step, begin = stride[:, None], phase[:, None]
+        far = (torch.div(number - self.local - begin, step, rounding_mode="floor") + 1).clamp(min=0)[..., None]
+        band = (number + 1).clamp(max=self.local)
+        slot = torch.arange(width, dtype=torch.int32, device=x.device)
+        near = (number + 1 - band)[:, None] + slot - far
+        tiles = torch.where(slot < far, begin[..., None] + slot * step[..., None], near)
+        return Layout(
+            x.shape,
+            block_q=size,
+            q_offset=x.offset(size),
+            tile_width=size,
+            q_pos=x.layout_pos(),
+            tiles=(torch.minimum(tiles, number[:, None]) * size)[None],
+            tile_count=(far[..., 0] + band).to(torch.int32)[None],
+        )
 
     def _band(self, x: AttnInput, rows: int) -> tuple[Tensor, Tensor]:
         """The `local` newest blocks of each of `rows` query blocks: first keys int32 `[1, 1, rows, T]` and counts."""

@@ -15,6 +15,8 @@ from ..kv import KV
 from ..select import top_indices
 from . import fused
 
+FEW = 16384  # entries of an evicted cache that are cheaper to read again than to ask about
+
 
 class Bounds:
     """Element-wise maximum and minimum of the keys of each page of `page` entries, kept beside a layer's cache.
@@ -43,7 +45,9 @@ class Bounds:
             self.done = m
             return
         start: int | None = 0  # first page to read again; None: the last page of every row and head
-        if kv.len is None and self.len is None and self.done < m:
+        if kv.pos is not None and kv.device.type == "cuda" and m <= FEW:
+            pass  # what an eviction left is read whole, without asking the device what is new: a step can be captured
+        elif kv.len is None and self.len is None and self.done < m:
             start = self.done // self.page
         elif kv.len is not None and self.len is not None and torch.equal(kv.len, self.len + 1):
             start = None

@@ -1,0 +1,37 @@
+"""Result files as Markdown, where one row a measurement would not show what matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def prefill_table(data: dict[str, Any]) -> str:
+    """A result of `benchmarks/prefill_run.py`: a block of rows for each length, by attention mass kept."""
+    head = "| recipe | mass kept | computed | plan ms | attend ms | plan, of cuDNN | speed-up over cuDNN |"
+    lines = []
+    for case in dict.fromkeys(r["case"] for r in data["rows"]):
+        mine = sorted((r for r in data["rows"] if r["case"] == case), key=lambda r: -_mass(r))
+        dense = next((r["ms"]["median"] for r in mine if r["impl"] == "dense, cuDNN"), None)
+        lines += [f"**{case}**", "", head, "| --- " * 7 + "|"]
+        for r in mine:
+            p, ms = r["params"], r["ms"]["median"]
+            if "mass" not in p:
+                lines.append(
+                    f"| {r['impl']} | 1 | 1 | - | {ms:.2f} | - | {dense / ms:.2f} |" if dense else f"| {r['impl']} |"
+                )
+                continue
+            # Other distances or other keys give other logits, and no share of dense's mass.
+            mass = f"{p['mass']:.3f}" if _mass(r) >= 0 else "other logits"
+            share = f"{p['plan_ms'] / dense:.1%}" if dense else "-"
+            lines.append(
+                f"| `{r['impl']}` | {mass} | {p['density_computed']:.3f} | {p['plan_ms']:.2f} | {p['attend_ms']:.2f} | "
+                f"{share} | {p['speedup']:.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _mass(row: dict[str, Any]) -> float:
+    """For the order of rows: dense first, what has no share of dense's mass last."""
+    mass = float(row["params"].get("mass", 2.0))
+    return mass if mass <= 1.001 or "mass" not in row["params"] else -1.0
