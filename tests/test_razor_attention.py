@@ -375,3 +375,16 @@ def test_a_model_is_scored():
     found = search.finish()
     for score in found.tensors.values():
         assert score.shape == (3, 2) and bool(((score > 0) & (score < 1)).all())
+
+
+def test_the_command_calibrates_it(tmp_path):
+    """The loop asks the search for its own prompts; texts are for the held-out check."""
+    from foveate.calibrate import run as calibrate
+    from foveate.models import load
+    from foveate.recipe import Recipe as R
+    from tests.tiny import save_model
+
+    model, tokenizer = load(save_model(tmp_path / "model"), device="cpu", dtype="fp32")
+    found = calibrate(model, tokenizer, "razor_attention", out=tmp_path / "razor", length=64, samples=2, held=1)
+    assert found.method == "razor_attention" and found.tensors
+    R.of(f"razor_attention:profile={tmp_path / 'razor'}")

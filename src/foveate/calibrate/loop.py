@@ -108,6 +108,8 @@ def run(
     trains = method.id in PROCEDURES
     count = SAMPLES if samples is None or trains else samples
     texts = capture.prompts(tokenizer, data, length, count + held, seed)
+    if (own := getattr(method.search(target), "prompts", None)) is not None:  # a search on prompts of its own making
+        texts[:count] = own(tokenizer, length, count, seed)
     facts = dict(
         method=method.describe(), target=str(target), model=fingerprint(model), data=capture.digest(texts), seed=seed,
         length=length, samples=samples if trains else count, held=held, layers=chosen, dtype=str(model.dtype),

@@ -81,6 +81,8 @@ class Search(Protocol):
     Attributes:
         passes: how often it wants to see all prompts (a distillation: its epochs).
         wants_grad: it reads the gradient of the model's loss by each layer's attention output.
+
+    A search that wants other prompts than texts has `prompts(tokenizer, length, count, seed) -> list[Tensor]`.
     """
 
     passes: int
