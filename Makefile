@@ -33,9 +33,10 @@ types: install-dev
 
 check: lint types test
 
-# README.md's tables and BENCHMARKS.md, from the registry and benchmarks/results/*.json
+# README.md's tables, BENCHMARKS.md and docs/methods, from the registry and benchmarks/results/*.json
 benchmarks: install-dev
 	$(BIN)/python scripts/render.py
+	$(BIN)/python scripts/pages.py
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

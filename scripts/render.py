@@ -95,6 +95,12 @@ def figures(found: dict[str, dict[str, Any]]) -> str:
             f"One decode step of one layer on one {pages['device']}, 32 query and 8 kv heads, D 128, bf16, 2,048 tokens "
             "kept, page bounds, selection and attention included, in a CUDA graph:\n\n" + decode_table(pages)
         )
+    if (steps := found.get("h100_step")) is not None:
+        out.append(
+            f"A whole decode step of a model of Llama-3-8B's shape on one {steps['device']}, bf16, random weights and "
+            "contexts, replayed as a CUDA graph; in brackets what is left after the step of `no attention` is taken off:\n\n"
+            + step_table(steps)
+        )
     if (backward := found.get("h100_backward")) is not None:
         out.append(
             f"Backward of block lists on one {backward['device']}, the same shapes, 32K tokens; TFLOP/s over kept pairs:\n\n"
@@ -118,6 +124,26 @@ def decode_table(data: dict[str, Any]) -> str:
     for b, n in sorted({(r["params"]["b"], r["params"]["n"]) for r in rows}):
         mine = {r["impl"]: 1000 * r["ms"]["median"] for r in rows if (r["params"]["b"], r["params"]["n"]) == (b, n)}
         lines.append(f"| {b} | {n} | " + " | ".join(f"{mine[i]:.0f} us" if i in mine else "-" for i in impls) + " |")
+    return "\n".join(lines)
+
+
+def step_table(data: dict[str, Any]) -> str:
+    """Milliseconds of a replayed step by recipe and case, attention's part of it, and those of a plain step."""
+    rows = data["rows"]
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    heads = [f"{c} | density | without graphs" for c in cases]
+    lines = ["| recipe | " + " | ".join(heads) + " |", "| --- " * (1 + 3 * len(cases)) + "|"]
+    for recipe in dict.fromkeys(r["params"]["recipe"] for r in rows):
+        cells = []
+        for c in cases:
+            mine = {r["params"]["graphs"]: r for r in rows if (r["case"], r["params"]["recipe"]) == (c, recipe)}
+            part = mine[1]["params"].get("attention_ms") if 1 in mine else None
+            bracket = "" if part is None else f" ({part:.2f})"
+            density = next((r["density"] for r in mine.values() if r["density"] is not None), None)
+            cells.append(f"{mine[1]['ms']['median']:.2f} ms{bracket}" if 1 in mine else "-")
+            cells.append("-" if density is None else f"{density:.3f}")
+            cells.append(f"{mine[0]['ms']['median']:.2f} ms" if 0 in mine else "-")
+        lines.append(f"| `{recipe}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -38,6 +38,7 @@ from .options import (
     recipes_of,
     write_json,
 )
+from .serve import cli as serving
 
 
 class OneLine(TyperGroup):
@@ -219,45 +220,22 @@ def run(
 
 @app.command()
 def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[ID]", help="One method, with everything about it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """List every method: what it can serve, what it needs, where it comes from."""
-    from .registry import METHODS, get
+    """List every method: what it can serve, what it needs, where it comes from; or show one with its options."""
+    from .catalogue import entry, print_entry, print_table
+    from .registry import METHODS
 
-    listed = [_describe(get(name)) for name in METHODS]
+    found = [entry(n) for n in (METHODS if name is None else [name])]
     if as_json:
-        print(json.dumps(listed, indent=1))
-        return
-    from rich.table import Table
-
-    from .report.console import stdout
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("method", "serves", "selects", "lists per", "needs", "presets", "status", "source"):
-        table.add_column(title, overflow="fold", no_wrap=title == "method")
-    for one in listed:
-        presets = ", ".join(one["presets"]) or "-"
-        roles = ", ".join(one["roles"])
-        table.add_row(one["id"], roles, one["selection"], one["share"], one["needs"], presets, one["status"], one["source"])
-    stdout().print(table)
-    print("\nUse them as METHOD, METHOD@PRESET or METHOD:key=value,..., and join them with +: prefill=minference@8k+quest.")
-
-
-def _describe(cls: Any) -> dict[str, Any]:
-    import dataclasses
-
-    return {
-        "id": cls.id,
-        "roles": list(cls.roles),
-        "selection": cls.selection,
-        "share": cls.share,
-        "needs": cls.needs,
-        "presets": {name: dict(values) for name, values in cls.presets.items()},
-        "options": {f.name: f.default for f in dataclasses.fields(cls)},
-        "status": cls.status,
-        "source": cls.source,
-    }
+        listed = [e.to_dict() for e in found]
+        print(json.dumps(listed if name is None else listed[0], indent=1))
+    elif name is None:
+        print_table(found)
+    else:
+        print_entry(found[0])
 
 
 @app.command()
@@ -395,6 +373,7 @@ def _emit(result: dict[str, Any], text: str, json_file: str | None) -> None:
 
 evals.register(app)
 calibration.register(app)
+serving.register(app)
 
 
 def main() -> None:
