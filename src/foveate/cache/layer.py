@@ -13,10 +13,17 @@ from ..methods.base import LayerState, Selection
 from .dense import DenseStore
 from .fixed import Fixed
 from .paged import PagedStore
+from .pruned import ChannelStore
+from .quantised import QuantisedStore
 from .store import Store, last_positions
 
 DENSE = {"kind": "dense"}
-STORAGE: dict[str, Callable[..., Store]] = {"dense": DenseStore.empty, "paged": PagedStore.empty}
+STORAGE: dict[str, Callable[..., Store]] = {
+    "dense": DenseStore.empty,
+    "paged": PagedStore.empty,
+    "quantised": QuantisedStore.empty,
+    "channels": ChannelStore.empty,
+}
 
 
 class LayerCache:

@@ -25,12 +25,16 @@ from ..methods.base import LayerState
 from .dense import DenseStore
 from .layer import LayerCache
 from .paged import PagedStore
+from .pruned import ChannelStore
+from .quantised import QuantisedStore
 from .ragged import RaggedStore
 from .ring import RingStore
 from .store import Store
 
 FORMAT, VERSION = "foveate-cache", 1
-STORES: dict[str, type[Store]] = {s.kind: s for s in (DenseStore, RingStore, RaggedStore, PagedStore)}
+STORES: dict[str, type[Store]] = {
+    s.kind: s for s in (DenseStore, RingStore, RaggedStore, PagedStore, QuantisedStore, ChannelStore)
+}
 
 
 def save(path: str | os.PathLike[str], layers: Sequence[LayerCache], fingerprint: str, recipe: str) -> list[str]:

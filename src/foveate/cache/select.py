@@ -23,7 +23,9 @@ def apply(kv: KV, selection: Selection) -> Store:
     the same number and little of it would stay empty, else ragged. Raises CacheError for a selection that does not
     fit the view (one synchronisation).
     """
-    _check(kv, selection)
+    check(kv, selection)
+    if selection.channels is not None:
+        raise CacheError("selection: this store keeps whole keys; a part of their channels needs storage of kind 'channels'")
     index = selection.indices.long()
     pos = kv.positions().gather(2, index).int()
     bias = selection.bias
@@ -46,7 +48,7 @@ def apply(kv: KV, selection: Selection) -> Store:
     return RaggedStore.build(kv, selection, pos, bias)
 
 
-def _check(kv: KV, selection: Selection) -> None:
+def check(kv: KV, selection: Selection) -> None:
     b, g, _, _, _ = kv.shape
     index = selection.indices
     if index.dim() != 3 or tuple(index.shape[:2]) != (b, g):

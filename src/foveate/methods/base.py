@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, nearest
+from ..errors import CacheError, ConfigError, nearest
 from ..kv import KV
 from ..layout import Layout, Parts
 
@@ -167,12 +167,14 @@ class Selection:
         counts: int64 `[B, G]`, or None for K everywhere.
         bias: float `[B, G, K]` added to the logits of kept entries, or None.
         ring: (sink, window): keep that many first and last tokens from now on, in constant memory.
+        channels: int64 `[B, G, D']`, ascending: the key channels to keep of older entries; for a store that can.
     """
 
     indices: Tensor
     counts: Tensor | None = None
     bias: Tensor | None = None
     ring: tuple[int, int] | None = None
+    channels: Tensor | None = None
 
     @staticmethod
     def stack(rows: list[Selection]) -> Selection:
@@ -190,13 +192,16 @@ class Selection:
         if any(r.bias is not None for r in rows):
             none = [torch.zeros_like(r.indices, dtype=torch.float32) if r.bias is None else r.bias for r in rows]
             bias = torch.cat([torch.nn.functional.pad(t, (0, wide - t.shape[-1])) for t in none])
-        return Selection(indices, counts, bias, rows[0].ring)
+        few = [r.channels for r in rows if r.channels is not None]
+        if few and (len(few) < len(rows) or len({c.shape[-1] for c in few}) > 1):
+            raise CacheError("channels: expected the same number of key channels for every batch row")
+        return Selection(indices, counts, bias, rows[0].ring, torch.cat(few) if few else None)
 
     def row(self, i: int) -> Selection:
         """What concerns batch row i, as a selection of one row."""
         one = slice(i, i + 1)
-        counts, bias = (None if t is None else t[one] for t in (self.counts, self.bias))
-        return Selection(self.indices[one], counts, bias, self.ring)
+        counts, bias, few = (None if t is None else t[one] for t in (self.counts, self.bias, self.channels))
+        return Selection(self.indices[one], counts, bias, self.ring, few)
 
     def full_counts(self) -> Tensor:
         """int64 `[B, G]`, entries kept."""
