@@ -68,7 +68,7 @@ def test_methods_table_and_json():
     assert [m["id"] for m in listed] == list(METHODS)
     streaming = next(m for m in listed if m["id"] == "streaming_llm")
     assert (
-        streaming["options"] == {"sink": 4, "window": 2044, "positions": "true"}
+        streaming["options"] == {"sink": 4, "window": 2044, "positions": "text"}
         and streaming["presets"]["8k"]["window"] == 1020
     )
     assert set(streaming["roles"]) == {"prefill", "decode", "cache"} and "2309.17453" in streaming["source"]

@@ -92,14 +92,15 @@ def test_short_texts_and_no_sinks_need_no_second_softmax():
     assert isinstance(StreamingLLM(sink=0, window=5, positions="cache").plan(x, State()), Layout)
 
 
-def test_rows_of_different_length_in_every_storage():
+@pytest.mark.parametrize("ring", ["", RING])
+def test_rows_of_different_length_in_every_storage(ring):
     q, k, v = qkv(2, 4, 2, 70)
     lens = (60, 21)
     valid = torch.zeros(2, 60, dtype=torch.bool)
     for b, n in enumerate(lens):
         valid[b, 60 - n :] = True
     for storage in ("dense", "paged"):
-        drive = Drive(replace(Recipe.of(PHASES), storage=storage))
+        drive = Drive(replace(Recipe.of(PHASES + ring), storage=storage))
         first = drive(*(t[:, :, :60] for t in (q, k, v)), valid=valid)
         steps = torch.cat([drive(*(t[:, :, i : i + 1] for t in (q, k, v))) for i in range(60, 70)], 2)
         for b, n in enumerate(lens):
@@ -132,7 +133,7 @@ def test_a_sink_that_another_policy_dropped_is_not_replaced():
 def test_options():
     assert not StreamingLLM().extends and StreamingLLM(positions="cache").extends and parse("streaming_llm@stream").extends
     assert Recipe.of(TEXT).extends and not Recipe.of("streaming_llm").extends
-    with pytest.raises(ConfigError, match="positions expected one of true, cache, got 'slot'"):
+    with pytest.raises(ConfigError, match="positions expected one of text, cache, got 'slot'"):
         parse("streaming_llm:positions=slot")
     x = replace(call(*(t.double() for t in qkv(1, 2, 1, 50))), rope=None)
     with pytest.raises(UnsupportedError, match="positions='cache' needs the model's rotation"):

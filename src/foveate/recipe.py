@@ -19,8 +19,8 @@ class Recipe:
     `heads` is a method that assigns heads (DuoAttention and its like) and serves whatever phases it can for its own.
     `compress_at`: "end" compresses once, at the first single-token step after a prompt; "chunk" after every
     multi-token call, which keeps a running budget and lowers the peak; methods that need every entry of the prompt
-    then run dense from the second chunk on, and say so. `storage`: "dense" rectangles, or "paged" pools whose pages
-    forks and beams share until they write.
+    then run dense from the second chunk on, and say so. `storage`: "dense" rectangles, "paged" pools whose pages
+    forks and beams share until they write, or "offload", rectangles in host memory.
     """
 
     prefill: Method | str | None = None
@@ -44,7 +44,7 @@ class Recipe:
             if role not in value.roles:
                 serves = ", ".join(value.roles)
                 raise ConfigError(f"{role}: {value.id} cannot serve as {role}; it serves as {serves}")
-        for option, known in (("compress_at", ("end", "chunk")), ("storage", ("dense", "paged"))):
+        for option, known in (("compress_at", ("end", "chunk")), ("storage", ("dense", "paged", "offload"))):
             if (value := getattr(self, option)) not in known:
                 raise ConfigError(f"{option}: expected {' or '.join(map(repr, known))}, got {value!r}")
         for role in (*ROLES, "heads"):

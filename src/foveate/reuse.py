@@ -42,13 +42,16 @@ class Refresh:
 
     def keep(self, x: AttnInput, state: State, key: str, layout: Layout) -> Layout:
         """Store the selection of this step and return it."""
-        state.layer[key] = Held(layout, x.kv.lengths()[:, :1], x.step, _direction(x))
+        assert x.q_pos is not None
+        old = state.layer.get(key)
+        state.layer[key] = Held(layout, x.q_pos[:, -1:] + 1, x.step, _direction(x)).into(old)
         return layout
 
     def again(self, x: AttnInput, state: State, key: str) -> Layout:
         """The stored selection and every token appended since."""
         held: Held = state.layer[key]
-        since = x.kv.lengths()[:, :1] - held.length
+        assert x.q_pos is not None
+        since = x.q_pos[:, -1:] + 1 - held.length
         window = since if held.layout.window is None else held.layout.window + since
         return replace(held.layout, shape=x.shape, window=window.to(torch.int32), q_pos=x.layout_pos())
 
@@ -61,19 +64,41 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Held:
-    """A selection: its layout, the lengths `[B, 1]` it was made for, the step, and the mean query `[B, D]` (fp32)."""
+    """A selection and when it was made. It stays in the same memory, where captured steps read it.
+
+    Attributes:
+        layout: what was chosen. length: int `[B, 1]`, tokens seen then (a ring's length would stand still).
+        step: the decode step. query: fp32 `[B, D]`, the mean of the queries.
+    """
 
     layout: Layout
     length: Tensor
     step: int
     query: Tensor
 
+    def into(self, old: object) -> Held:
+        """This selection in the memory of an old one of its shape, which a graph may have recorded, or in its own."""
+        if not isinstance(old, Held) or old.layout.meta() != self.layout.meta():
+            return self.fork()
+        pairs = list(zip(self._tensors(), old._tensors(), strict=True))
+        if any((a is None) != (b is None) or (a is not None and a.shape != b.shape) for a, b in pairs):  # type: ignore[union-attr]
+            return self.fork()
+        for new, there in pairs:
+            if new is not None and there is not None:
+                there.copy_(new)
+        return replace(old, step=self.step)
+
+    def fork(self) -> Held:
+        own = [None if t is None else t.clone() for t in self.layout.tensors()]
+        layout = Layout.from_tensors(own, self.layout.meta())
+        return replace(self, layout=layout, length=self.length.clone(), query=self.query.clone())
+
     def reorder(self, index: Tensor) -> None:
         """Beams change places: the rows of a selection are picked anew by the next step."""
         object.__setattr__(self, "step", 1 << 60)
 
-    def fork(self) -> Held:
-        return replace(self)
+    def _tensors(self) -> list[Tensor | None]:
+        return [*self.layout.tensors(), self.length, self.query]
 
 
 def _direction(x: AttnInput) -> Tensor:

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from .cache import LayerCache
+from .cache.offload import fetch
+from .cache.offload import whole as whole_view
 from .cache.store import last_positions
 from .combine import sink_logit
 from .errors import UnsupportedError
 from .kernels.dispatch import attend
+from .kv import KV
 from .layout import Layout, Parts
 from .methods.base import AttnInput, Method, Rope, Selection, State
 from .recipe import Recipe
@@ -101,7 +104,7 @@ def _prefill(recipe: Recipe, cache: LayerCache, q: Tensor, dv: int, step: Step, 
     method: Method | None = recipe.prefill  # type: ignore[assignment]
     tail = max((m.tail for m in recipe.methods), default=0)
     b, h, n, _ = q.shape
-    view = cache.store.view()  # type: ignore[union-attr]
+    view = _at(q, cache.store.view())  # type: ignore[union-attr]
     whole = step.valid is None and view.len is None
     if whole and b > 1 and tail == 0 and _plain(recipe, method) and view.pos is None:
         x = _input(q, view, "prefill", info, step, cache.seen[0] - n, last_positions(cache.seen, n, q.device))
@@ -131,6 +134,11 @@ def _prefill(recipe: Recipe, cache: LayerCache, q: Tensor, dv: int, step: Step, 
     return out
 
 
+def _at(q: Tensor, view: KV) -> KV:
+    """The view on the device of q: entries that live elsewhere are lent for this call."""
+    return view if view.device == q.device else whole_view(view, q.device)
+
+
 def _plain(recipe: Recipe, method: Method | None) -> bool:
     return (method is None or method.id == "dense") and recipe.heads is None and not _observers(recipe, "prefill")
 
@@ -138,8 +146,8 @@ def _plain(recipe: Recipe, method: Method | None) -> bool:
 # ---------------------------------------------------------------------- decode: all rows at once
 def _decode(recipe: Recipe, cache: LayerCache, q: Tensor, step: Step, info: Info) -> Tensor:
     view = cache.store.view()  # type: ignore[union-attr]
-    x = _input(q, view, "decode", info, step, 0, cache.positions(1, q.device), cache.steps)
-    out = _run(recipe, x, recipe.decode, step.state(cache), step, info)  # type: ignore[arg-type]
+    x = _input(q.to(view.device), view, "decode", info, step, 0, cache.positions(1, view.device), cache.steps)
+    out = _run(recipe, x, recipe.decode, step.state(cache), step, info, q.device)  # type: ignore[arg-type]
     policy: Method | None = recipe.cache  # type: ignore[assignment]
     if policy is not None and type(policy).evict is not Method.evict and info.window is None:
         keep = policy.evict(x, step.state(cache))
@@ -149,7 +157,16 @@ def _decode(recipe: Recipe, cache: LayerCache, q: Tensor, step: Step, info: Info
 
 
 # ---------------------------------------------------------------------- both
-def _run(recipe: Recipe, x: AttnInput, method: Method | None, state: State, step: Step, info: Info) -> Tensor:
+def _run(
+    recipe: Recipe,
+    x: AttnInput,
+    method: Method | None,
+    state: State,
+    step: Step,
+    info: Info,
+    home: torch.device | None = None,
+) -> Tensor:
+    """Plan and attend. `home` is where the model computes, if the entries lie elsewhere: the plan is made beside them."""
     own_window = x.window is not None  # the model's own sliding-window layer: its rule, not the method's
     observers = [] if own_window else _observers(recipe, x.phase)
     began = time.perf_counter()
@@ -162,13 +179,19 @@ def _run(recipe: Recipe, x: AttnInput, method: Method | None, state: State, step
     if info.sinks is not None and isinstance(plan, Parts) and plan.combine == "gated":
         raise UnsupportedError("a gated sum of softmaxes has no place for the model's attention sinks")
     custom = None if own_window else getattr(method, "attend", None)
+    q, kv, what = x.q, x.kv, plan
+    if home is not None and home != kv.device:
+        if custom is not None or observers or not isinstance(plan, Layout):
+            who = ", ".join(m.id for m in {method, *observers} if m is not None)
+            raise UnsupportedError(f"storage: with entries on {kv.device} and the model on {home}, {who} cannot attend")
+        q, (kv, what) = q.to(home), fetch(kv, plan, home)
     if custom is not None:
         out, lse, mass = custom(x, plan, state)
     else:
         got = attend(
-            x.q,
-            x.kv,
-            plan,
+            q,
+            kv,
+            what,
             scale=info.scale,
             softcap=info.softcap,
             return_lse=want_lse,
@@ -237,9 +260,7 @@ def _observers(recipe: Recipe, phase: str) -> list[Method]:
     return [m for m in recipe.methods if type(m).observe is not Method.observe and phase in m.observes]
 
 
-def _input(
-    q: Tensor, kv: Any, phase: str, info: Info, step: Step, start: int, q_pos: Tensor, number: int = 0
-) -> AttnInput:
+def _input(q: Tensor, kv: Any, phase: str, info: Info, step: Step, start: int, q_pos: Tensor, number: int = 0) -> AttnInput:
     note: Callable[[str], None] = step.note
     return AttnInput(
         q=q,
@@ -279,6 +300,7 @@ def compress(recipe: Recipe, cache: LayerCache, step: Step, info: Info) -> None:
         q = cache.tails[i]
         if q is None:
             q = view.k.new_empty(1, 1, 0, view.k.shape[-1])
+        q = q.to(view.device)
         rows = q.shape[2]
         x = _input(q, kv, "prefill", info, step, cache.seen[i] - rows, last_positions([cache.seen[i]], rows, view.device))
         got = policy.compress(x, step.state(cache, i))

@@ -114,8 +114,8 @@ class FixedDense(DenseStore, Fixed):
 
     def truncate(self, n: int) -> None:
         super().truncate(n)
-        self.now -= n
-        self.seen_now -= n
+        # New tensors: graphs over the old ones are done with, since what methods remembered went with the entries.
+        self.now, self.seen_now = self.now - n, self.seen_now - n
 
     def reorder(self, index: Tensor) -> None:
         super().reorder(index)

@@ -12,6 +12,7 @@ from ..errors import CacheError
 from ..methods.base import LayerState, Selection
 from .dense import DenseStore
 from .fixed import Fixed
+from .offload import OffloadStore
 from .paged import PagedStore
 from .pruned import ChannelStore
 from .quantised import QuantisedStore
@@ -23,6 +24,7 @@ STORAGE: dict[str, Callable[..., Store]] = {
     "paged": PagedStore.empty,
     "quantised": QuantisedStore.empty,
     "channels": ChannelStore.empty,
+    "offload": OffloadStore.empty,
 }
 
 

@@ -24,6 +24,7 @@ from ..errors import CacheError
 from ..methods.base import LayerState
 from .dense import DenseStore
 from .layer import LayerCache
+from .offload import OffloadStore
 from .paged import PagedStore
 from .pruned import ChannelStore
 from .quantised import QuantisedStore
@@ -33,7 +34,7 @@ from .store import Store
 
 FORMAT, VERSION = "foveate-cache", 1
 STORES: dict[str, type[Store]] = {
-    s.kind: s for s in (DenseStore, RingStore, RaggedStore, PagedStore, QuantisedStore, ChannelStore)
+    s.kind: s for s in (DenseStore, RingStore, RaggedStore, PagedStore, QuantisedStore, ChannelStore, OffloadStore)
 }
 
 

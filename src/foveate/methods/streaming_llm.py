@@ -21,7 +21,7 @@ class StreamingLLM(Method):
 
     Row i sees key j <= i when j < sink or i - j < window. As a cache policy it keeps sink + window entries in a ring.
 
-    `positions` "true" leaves all distances as in the text. "cache" counts them inside a cache of sink + window entries,
+    `positions` "text" leaves all distances as in the text. "cache" counts them inside a cache of sink + window entries,
     as the paper does: a row stands at min(i, sink + window - 1) for the sinks, so no distance ever exceeds the cache
     and a stream may run far beyond the model's positions. Window tokens are neighbours in the text, so their distances
     are true either way, and only the query is rotated a second time, for the sinks; the reference rotates its whole
@@ -31,7 +31,7 @@ class StreamingLLM(Method):
 
     sink: int = option(4, low=0)
     window: int = option(2044, low=1)
-    positions: str = option("true", choices=("true", "cache"))
+    positions: str = option("text", choices=("text", "cache"))
 
     id: ClassVar[str] = "streaming_llm"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode", "cache")
@@ -52,7 +52,7 @@ class StreamingLLM(Method):
     def plan(self, x: AttnInput, state: State) -> Layout | Parts:
         # Nothing has left the cache: every distance inside it is the true one. Entry numbers say so without positions.
         short = x.kv.pos is None and x.kv.capacity <= self.sink + self.window
-        if self.positions == "true" or self.sink == 0 or short:
+        if self.positions == "text" or self.sink == 0 or short:
             return self._rule(x, self.sink)
         return Parts((Part(self._rule(x, 0)), self._sinks(x)))
 
@@ -88,7 +88,7 @@ class StreamingLLM(Method):
         return Part(layout, q=q, kv=KV.dense(k, v, len=length, pos=kept["pos"], bias=bias))
 
     def compress(self, x: AttnInput, state: State) -> Selection | None:
-        m = x.kv.capacity
+        m = x.kv.capacity if x.kv.pos is not None else x.start + x.q.shape[2]  # pages are as many as the longest row needs
         first, last = min(self.sink, m), max(self.sink, m - self.window)
         index = torch.cat([torch.arange(first), torch.arange(min(last, m), m)]).to(x.device)
         return Selection(index.expand(1, x.groups, -1), ring=(self.sink, self.window))

@@ -1,0 +1,265 @@
+"""TokenSelect: the heads of a layer vote for tokens, and attention counts positions inside what was chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, max_pool1d, pad
+
+from ..errors import ConfigError, UnsupportedError
+from ..kernels.dispatch import attend
+from ..kv import KV
+from ..layout import Layout
+from ..scores.exact import GPU_BUDGET
+from ..scores.keys import BUDGET, pieces
+from ..scores.pooled import block_pool
+from ..scores.raw_keys import RawKeys, group_logits, raw_keys, raw_queries
+from ..scores.rotation import moved
+from ..select import top_indices
+from .base import AttnInput, Method, Rope, State, option
+
+KEYS, TOKENS = "token_select.keys", "token_select.tokens"
+
+
+@dataclass(frozen=True)
+class TokenSelect(Method):
+    """Wu et al. 2024, "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic
+    Token-Level KV Cache Selection" (arXiv 2411.02886).
+
+    One list of tokens per layer for all heads: the first `sink`, the newest `local` and the `budget` that win a vote.
+    Keys before their rotation meet the query as if all were `local` tokens away; each head gives its softmax over them
+    (times `temperature`, 1 as published), the sums, after maxima over `pool` neighbours, rank the tokens. A prompt goes in
+    chunks of `chunk` rows that share a list, chosen by their mean query. `positions` "rank" counts positions inside the
+    list, so that none exceeds its length and a text may be longer than the model's range; "text" leaves them, for texts
+    within it, and saves a second rotation. With `theta` a decode step uses the last list again while the cosine between
+    their queries is at least that, for at most `refresh` steps; that decision waits for the device.
+
+    Up to sink + budget + local tokens a row is dense. Keys before rotation are kept beside the cache while decoding, which
+    takes half of its memory again. Differs from the published code: query head h votes with kv head h // g, votes are
+    fp32, a list that is used again covers every token since it was made, and lists of prompt chunks are always made anew.
+    """
+
+    sink: int = option(128, low=0)
+    local: int = option(512, low=1)
+    budget: int = option(2048, low=1)
+    chunk: int = option(512, low=1)
+    pool: int = option(1, low=1)
+    temperature: float = option(1.0, low=0)
+    theta: float | None = option(None, low=-1, high=1)
+    refresh: int = option(64, low=1)
+    positions: str = option("rank", choices=("rank", "text"))
+
+    id: ClassVar[str] = "token_select"
+    roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")
+    selection: ClassVar[str] = "prompt"  # rows of a chunk share the list that their mean chose
+    share: ClassVar[str] = "group"
+    source: ClassVar[str] = "Wu et al. 2024, arXiv 2411.02886"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "8k": {"sink": 64, "local": 256, "budget": 704, "chunk": 256},
+        "cached": {"theta": 0.9},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.local < self.chunk:
+            raise ConfigError(f"token_select: local expected at least chunk = {self.chunk} (own tokens), got {self.local}")
+
+    @property
+    def extends(self) -> bool:  # type: ignore[override]
+        return self.positions == "rank"
+
+    @property
+    def total(self) -> int:
+        """Tokens of a list."""
+        return self.sink + self.budget + self.local
+
+    @property
+    def min_length(self) -> int:
+        return self.total + 1
+
+    def phase(self, step: int) -> str | None:
+        if self.theta is not None:
+            return None
+        return "first" if step == 0 else "step"
+
+    def refuses(self, recipe: Any) -> str | None:
+        if recipe.evicts and recipe.decode == self:
+            return "all heads share one list of tokens, so it needs a cache that keeps every entry"
+        return None
+
+    # ------------------------------------------------------------------ which tokens
+    def plan(self, x: AttnInput, state: State) -> Layout | None:
+        if x.phase == "prefill":
+            return self._prompt(x) if x.start + x.q.shape[2] > self.total else None
+        if x.kv.pos is not None or x.kv.capacity <= self.total:
+            return None
+        tokens, count = self._step(x, state)
+        return Layout(x.shape, q_pos=x.layout_pos(), entries=tokens[:, None, None], entry_count=count[:, None, None])
+
+    def _prompt(self, x: AttnInput) -> Layout:
+        """A list per chunk of rows, `[1, 1, chunks, total]`."""
+        rope, (_, h, n, _), offset = _rope(x), x.q.shape, x.offset(self.chunk)
+        blocks, end = -(-(n + offset) // self.chunk), x.start + n
+        keys, pos = raw_keys(x.kv, rope), _pos(x)
+        tokens, counts = [], []
+        cost = h * (3 * end + 6 * self.chunk * x.q.shape[3])
+        for lo, hi in pieces(blocks, cost, BUDGET if x.device.type == "cpu" else GPU_BUDGET):
+            first, last = _rows(lo, self.chunk, offset, n)[0], _rows(hi - 1, self.chunk, offset, n)[1]
+            head = offset if lo == 0 else 0  # rows of this piece's first block that lie before the call
+            query = self._summary(raw_queries(x.q[:, :, first:last], rope, pos[:, first:last]), rope, head)
+            length = x.start + (torch.arange(lo + 1, hi + 1, device=x.device) * self.chunk - offset).clamp(max=n)
+            some, many = self._list(group_logits(query, keys[:, :, :end])[0].transpose(0, 1), length)
+            tokens.append(some)
+            counts.append(many)
+        return Layout(
+            x.shape,
+            block_q=self.chunk,
+            q_offset=offset,
+            q_pos=x.layout_pos(),
+            entries=torch.cat(tokens)[None, None],
+            entry_count=torch.cat(counts)[None, None],
+        )
+
+    def _summary(self, plain: Tensor, rope: Rope, offset: int = 0) -> Tensor:
+        """Per chunk the mean of its queries, turned to positions local, local + 1, ...: `[B, H, chunks, D]`.
+
+        plain: queries `[B, H, n, D]` before rotation; `offset` rows of the first chunk lie before them.
+        """
+        row = torch.arange(offset, offset + plain.shape[2], device=plain.device)
+        start = (row // self.chunk * self.chunk).clamp(min=offset)  # a chunk cut in two counts from its first row here
+        return block_pool(rope.rotate(plain, (self.local + row - start).expand(len(plain), -1)), self.chunk, offset=offset)
+
+    def votes(self, score: Tensor, length: Tensor) -> Tensor:
+        """Votes `[R, M]` of scores `[R, H, M]` for rows with `length` `[R]` tokens; 0 outside the candidates.
+
+        The votes of a row sum to H, or to 0 where it has no candidates.
+        """
+        at = torch.arange(score.shape[-1], device=score.device)
+        free = (at >= self.sink) & (at < length[:, None] - self.local)  # [R, M]
+        vote = (score * self.temperature).masked_fill(~free[:, None], float("-inf")).softmax(-1).sum(1)
+        return torch.where(free, vote, 0.0)
+
+    def _list(self, score: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens int32 `[R, min(total, M)]`, ascending, and counts `[R]`."""
+        vote = self.votes(score, length)
+        if self.pool > 1:
+            left = (self.pool - 1) // 2
+            vote = max_pool1d(pad(vote, (left, self.pool - 1 - left)), self.pool, stride=1)
+        at = torch.arange(vote.shape[-1], device=vote.device)
+        forced = (at < self.sink) | (at >= length[:, None] - self.local)
+        return top_indices(vote, self.total, valid=at < length[:, None], forced=forced)
+
+    # ------------------------------------------------------------------ a decode step
+    def _step(self, x: AttnInput, state: State) -> tuple[Tensor, Tensor]:
+        """The list of this step: tokens `[B, total or a few more]`, counts `[B]`."""
+        rope, pos = _rope(x), _pos(x)
+        keys: RawKeys = state.layer.setdefault(KEYS, RawKeys())
+        raw = keys.update(x)
+        query = self._summary(raw_queries(x.q, rope, pos), rope)
+        if self.theta is None:
+            return self._list(group_logits(query, raw)[:, :, 0], pos[:, 0] + 1)
+        held: Held | None = state.layer.get(TOKENS)
+        if held is None or held.pos.shape[0] != len(pos) or x.step == 0 or x.step < held.step:
+            tokens, count = self._list(group_logits(query, raw)[:, :, 0], pos[:, 0] + 1)
+            state.layer[TOKENS] = Held(tokens, count, pos[:, 0], query, x.step)
+            return tokens, count
+        alike = cosine_similarity(query.float().flatten(1), held.query.float().flatten(1), dim=-1) >= self.theta
+        due = ~alike | (pos[:, 0] - held.pos > self.refresh)
+        if bool(due.any()):  # each row for itself: what its neighbours do changes nothing
+            tokens, count = self._list(group_logits(query, raw)[:, :, 0], pos[:, 0] + 1)
+            state.layer[TOKENS] = held = held.where(due, Held(tokens, count, pos[:, 0], query, x.step))
+        return held.now(pos[:, 0], self.refresh, x.kv.capacity)
+
+    # ------------------------------------------------------------------ attention with positions inside the list
+    def attend(self, x: AttnInput, plan: Layout, state: State) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(out, lse, None): the tokens of a list stand at 0, 1, ..., the rows at the last of these places."""
+        how: dict[str, Any] = dict(scale=x.scale, softcap=x.softcap, backend=x.backend, return_lse=True)
+        if self.positions == "text" or plan.entries is None:
+            out, lse = attend(x.q, x.kv, plan, **how)
+            return out, lse, None
+        assert plan.entry_count is not None
+        if x.phase == "decode":
+            return (*self._ranked(x, x.q, _pos(x), plan.entries[:, 0, 0], plan.entry_count[:, 0, 0], how), None)
+        outs, lses = [], []
+        for block in range(plan.num_blocks):
+            r0, r1 = _rows(block, self.chunk, plan.q_offset, x.q.shape[2])
+            many = min(self.total, x.start + r1)  # the host knows how long a list is
+            tokens = plan.entries[:, 0, block, :many]
+            out, lse = self._ranked(x, x.q[:, :, r0:r1], _pos(x)[:, r0:r1], tokens, None, how)
+            outs.append(out)
+            lses.append(lse)
+        return torch.cat(outs, 2), torch.cat(lses, 2), None
+
+    def _ranked(
+        self, x: AttnInput, q: Tensor, pos: Tensor, tokens: Tensor, count: Tensor | None, how: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Queries `[B, H, n, D]` that stand at `pos` `[B, n]`, on tokens `[B, L]`, the rows' own the last of them."""
+        rope, (b, wide), n = _rope(x), tokens.shape, q.shape[2]
+        k, v = x.kv.gather(tokens[:, None].expand(b, x.groups, wide))
+        place = torch.arange(wide, device=x.device).expand(b, wide)
+        k = moved(k, rope, tokens.long(), place)
+        if count is None:
+            return attend(moved(q, rope, pos, place[:, wide - n :]), (k, v), None, **how)  # type: ignore[return-value]
+        kv = KV.dense(k, v, len=count[:, None].expand(b, x.groups).contiguous())
+        q = moved(q, rope, pos, count[:, None].long() - 1)
+        return attend(q, kv, Layout.dense(b, q.shape[1], 1, wide), **how)  # type: ignore[return-value]
+
+
+@dataclass
+class Held:
+    """The last list of each row: tokens `[B, L]`, count `[B]`, the position `[B]` and the query `[B, H, 1, D]` it was
+    made for; the step of the newest."""
+
+    tokens: Tensor
+    count: Tensor
+    pos: Tensor
+    query: Tensor
+    step: int
+
+    def now(self, pos: Tensor, more: int, m: int) -> tuple[Tensor, Tensor]:
+        """The lists and every token since, at most `more`."""
+        tokens = pad(self.tokens, (0, more))
+        after = torch.arange(tokens.shape[-1], device=pos.device) - self.count[:, None]
+        new = (self.pos[:, None] + 1 + after).clamp(max=m - 1)
+        return torch.where(after < 0, tokens, new).to(torch.int32), (self.count + pos - self.pos).to(torch.int32)
+
+    def where(self, rows: Tensor, new: Held) -> Held:
+        """The new lists for the rows `[B]`, these for the others."""
+        wide = max(self.tokens.shape[-1], new.tokens.shape[-1])
+        a, b = (pad(t.tokens, (0, wide - t.tokens.shape[-1])) for t in (new, self))
+        return Held(
+            torch.where(rows[:, None], a, b),
+            torch.where(rows, new.count, self.count),
+            torch.where(rows, new.pos, self.pos),
+            torch.where(rows[:, None, None, None], new.query, self.query),
+            new.step,
+        )
+
+    def fork(self) -> Held:
+        return Held(self.tokens, self.count, self.pos, self.query, self.step)
+
+    def reorder(self, index: Tensor) -> None:
+        at = index.to(self.pos.device)
+        for name in ("tokens", "count", "pos", "query"):
+            setattr(self, name, getattr(self, name).index_select(0, at))
+
+
+def _rows(block: int, size: int, offset: int, n: int) -> tuple[int, int]:
+    """Rows of this call that lie in a block of the grid."""
+    return max(0, block * size - offset), min(n, (block + 1) * size - offset)
+
+
+def _pos(x: AttnInput) -> Tensor:
+    """int64 `[B, N]`, true positions of the query rows."""
+    if x.q_pos is not None:
+        return x.q_pos
+    return torch.arange(x.start, x.start + x.q.shape[2], device=x.device).expand(x.q.shape[0], -1)
+
+
+def _rope(x: AttnInput) -> Rope:
+    if x.rope is None:
+        raise UnsupportedError("token_select: needs the model's rotation to score keys before it, and none was found")
+    return x.rope
