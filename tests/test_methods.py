@@ -11,6 +11,8 @@ from foveate.layout import Layout
 from foveate.recipe import Recipe
 from foveate.registry import METHODS, get
 from tests.drive import Drive, oracle, qkv
+from tests.indexers import dsa_profile
+from tests.profiles import seer_profile
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,131 @@ TABLE = [
         "flexprefill:gamma=0.3,block=16,min_budget=16",
         sink=16,
     ),
+    Row("xattention", "xattention:threshold=1.0,block=16,stride=4", "xattention:threshold=0.4,block=16,stride=4", sink=16),
+    Row(
+        "anchor_attention",
+        "anchor_attention:theta=inf,block=16,step=2",
+        "anchor_attention:theta=0.5,block=16,step=2",
+        sink=16,
+        local=17,
+    ),
     Row("quest", "quest:budget=256", "quest:budget=64"),
     Row("snapkv", "snapkv:capacity=256", "snapkv:window=16,capacity=48", sink=4),
     Row("expected_attention", "expected_attention:capacity=256", "expected_attention:capacity=48", sink=4),
+    Row(
+        "hip",
+        "hip:k=200,dense_layers=0",
+        "hip:k=64,block_k=16,sink=4,window=20,dense_layers=0,refresh=1",
+        sink=4,
+        local=20,
+    ),
+    Row(
+        "spargeattn",
+        "spargeattn:cdf=1.0,theta=-1,block_q=16,block_k=16",
+        "spargeattn:cdf=0.3,theta=-1,block_q=16,block_k=16",
+        sink=16,
+    ),
+    Row("deltallm", "deltallm:theta=0,window=8", "deltallm:theta=0,window=8", needle=False),
+    Row(
+        "duo_attention",
+        "duo_attention:sparsity=0",
+        "duo_attention:sparsity=1,sink=4,window=20,slack=4",
+        sink=4,
+        local=20,
+        needle=False,
+    ),
+    Row("sale", "sale:tau=0.0", "sale:tau=0.9,sink=32,window=16,segment=32", sink=32, local=16),
+    Row(  # prompts of the table fit in one chunk; tests/test_qwen1m.py covers several
+        "qwen1m",
+        "qwen1m:chunk=512,local=64,threshold=0,columns=300",
+        "qwen1m:chunk=512,local=64,threshold=0,columns=10,diagonals=20,sink=4,near=20,block=16",
+        sink=4,
+        local=20,
+    ),
+    Row("act", "act:beta=1.0", "act:beta=1.0", sink=1, needle=False),  # a layout of every pair: tests/test_act.py
+    Row("topk_exact", "topk_exact:budget=256", "topk_exact:budget=20"),
+    Row(
+        "s2_strided",
+        "s2_strided:block=16,stride=1",
+        "s2_strided:block=16,local=2,stride=3,sink=4",
+        sink=4,
+        local=17,
+        needle=False,
+    ),
+    Row(
+        "hyperattention",
+        "hyperattention:min_seq_len=256",
+        "hyperattention:min_seq_len=32,block=16,samples=16",
+        needle=False,
+    ),
+    Row(
+        "seerattention",
+        f"seerattention:profile={seer_profile()},block=16,threshold=0.0",
+        f"seerattention:profile={seer_profile()},block=16,budget=48,last_block_dense=false",
+        sink=16,
+    ),
+    Row("moa", "moa:density=1.0", "moa:density=0.3,sink=4,block=16,slack=2", sink=4, local=16, needle=False),
+    Row(
+        "lserve",
+        "lserve:sparsity=0,budget=256",
+        "lserve:assign=even,page=16,logical=4,budget=48,refresh=1,sink=16,window=32,prefill_window=40",
+        needle=False,
+    ),
+    Row("h2o", "h2o:heavy=200,recent=56", "h2o:heavy=24,recent=16,slack=2", local=16),
+    Row("pyramidkv", "pyramidkv:capacity=256", "pyramidkv:window=16,capacity=48,beta=4", sink=4, local=16),
+    Row("adakv", "adakv:capacity=256", "adakv:window=16,capacity=48,floor=1", sink=4, local=16),  # ragged: its own tests
+    Row(  # with compensation its plans are parts: tests/test_razor_attention.py
+        "razor_attention",
+        "razor_attention:induction=1",
+        "razor_attention:induction=0,echo=0,window=20,fraction=0,slack=4,compensate=false",
+        sink=4,
+        local=20,
+        needle=False,
+    ),
+    Row("dsa", f"dsa:profile={dsa_profile()},budget=256", f"dsa:profile={dsa_profile()},budget=20"),
+    Row("kivi", "kivi:bits=16,residual=32", "kivi:bits=16,residual=32"),  # drops nothing; lossy bits: tests/test_kivi.py
+    Row("think", "think:ratio=0", "think:window=16,tail_size=8,capacity=48", sink=4),
+    Row("double_sparsity", "double_sparsity:budget=256", "double_sparsity:budget=20"),
+    Row("adamas", "adamas:budget=256", "adamas:budget=20,unit=std,theta=0.5"),
+    Row("tidal_decode", "tidal_decode:budget=20", "tidal_decode:budget=20"),  # one layer alone: tests/test_tidal_decode.py
+    Row(  # the first decode step is dense: tests/test_recycled_attention.py
+        "recycled_attention",
+        "recycled_attention:budget=20,stride=1,tau=none",
+        "recycled_attention:budget=20,stride=1,tau=none",
+    ),
+    Row(  # positions inside the list change the arithmetic: tests/test_token_select.py
+        "token_select",
+        "token_select:budget=256,local=16,chunk=16",
+        "token_select:sink=4,local=20,budget=20,chunk=16,positions=text",
+        sink=4,
+        local=4,
+    ),
+    Row(
+        "longheads",
+        "longheads:attention=256,chunk=16,block=16",
+        "longheads:attention=64,chunk=16,block=16,positions=text",
+        sink=16,
+        local=17,
+    ),
+    Row(
+        "speckv",
+        "speckv:capacity=256",
+        "speckv:capacity=48,window=16,columns=20,band=64",
+        sink=4,
+        local=16,
+    ),
+    Row(  # warm and one row: step by step and all at once then select from the same query
+        "pillar_attn",
+        "pillar_attn:least=256",
+        "pillar_attn:least=20,ratio=0,draft=1,rows=1,warm=true",
+    ),
+    Row(  # the graph needs faiss: tests/test_retrieval_attention.py
+        "retrieval_attention",
+        "retrieval_attention:index=flat,budget=256",
+        "retrieval_attention:index=flat,sink=4,recent=16,budget=10,update=8",
+        sink=4,
+        local=16,
+    ),
 ]
 IDS = [r.id for r in TABLE]
 rows = pytest.mark.parametrize("row", TABLE, ids=IDS)

@@ -45,7 +45,7 @@ class DuoAttention(Method):
     needs: ClassVar[str] = "profile"
     source: ClassVar[str] = "Xiao et al. 2024, arXiv 2410.10819"
     evicted_ok: ClassVar[bool] = True
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"8k": {}, "mha": {"sparsity": 0.75}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"mha": {"sparsity": 0.75}}
     knob: ClassVar[Knob | None] = Knob("sparsity", 0.0, 1.0, more=False)
 
     def __post_init__(self) -> None:
