@@ -21,11 +21,12 @@ from foveate.bench import results
 from foveate.bench.results import Row
 from foveate.kernels.triton import estimate_launch as kernels
 from foveate.kv import KV
-from foveate.methods import flexprefill, minference
 from foveate.methods.base import AttnInput, State
 from foveate.methods.flexprefill import FlexPrefill
 from foveate.methods.minference import MInference
-from foveate.scores import pooled, probes
+from foveate.methods.spargeattn import SpargeAttn
+from foveate.methods.xattention import XAttention
+from foveate.scores import antidiagonal, fused, pooled, probes, similarity
 
 H, G, D = 32, 8, 128
 PLANS = {
@@ -33,6 +34,8 @@ PLANS = {
     "minference block_sparse": MInference(pattern="block_sparse"),
     "flexprefill": FlexPrefill(),
     "flexprefill all pairs": FlexPrefill(tau=10.0),
+    "xattention": XAttention(),
+    "spargeattn": SpargeAttn.make("8k"),
 }
 Call = Callable[[], Any]
 
@@ -61,6 +64,12 @@ def estimators(x: AttnInput) -> dict[str, Call]:
         qbar, kbar = pooled.block_pool(x.q, 128), pooled.pool_keys(x.kv, 128)
         return pooled.top_blocks(qbar, kbar, (64,) * H, first=0, block=128)
 
+    def antidiagonals() -> Any:
+        return [p.mass for p in antidiagonal.block_mass(x.q, x.kv, 16, 128, start=0, scale=x.scale)]
+
+    def alike() -> Any:
+        return similarity.self_similarity(x.q, 128), similarity.key_similarity(x.kv, m, 64)
+
     return {
         "probe of 64 rows": lambda: probe(64),
         "probe of 128 rows": lambda: probe(128),
@@ -68,6 +77,8 @@ def estimators(x: AttnInput) -> dict[str, Call]:
         "probe of 128 rows, numbers for 0.9 of the mass": lambda: probes.needed(probe(128), m, 0.9),
         "means of blocks of 128": lambda: (pooled.block_pool(x.q, 128), pooled.pool_keys(x.kv, 128)),
         "means of blocks of 128, scores, top 64": top_blocks,
+        "antidiagonals of stride 16, mass of blocks of 128": antidiagonals,
+        "similarity of blocks of 128 queries and 64 keys": alike,
         **{f"plan of {name}": lambda p=plan: p.plan(x, State()) for name, plan in PLANS.items()},
     }
 
@@ -99,17 +110,13 @@ def dense(x: AttnInput, which: SDPBackend) -> Call:
 
 def without_kernels(call: Call) -> Call:
     """The same call on the plain code."""
-    places = [(m, n) for m in (pooled, probes, minference, flexprefill) for n in ("fused", "fused_rows") if hasattr(m, n)]
 
     def plain() -> Any:
-        before = [getattr(m, n) for m, n in places]
-        for m, n in places:
-            setattr(m, n, lambda t: None)
+        before, fused.estimates = fused.estimates, lambda t: None
         try:
             return call()
         finally:
-            for (m, n), f in zip(places, before, strict=True):
-                setattr(m, n, f)
+            fused.estimates = before
 
     return plain
 

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens", type=int, default=400_000, help="tokens of a batch")
+    parser.add_argument("--beyond", action="store_true", help="lengths beyond the model's positions")
     parser.add_argument("--join", nargs="*", type=Path, help="gather these folders into --out and stop")
     args = parser.parse_args()
     if args.join is not None:
@@ -75,7 +76,7 @@ def main() -> None:
 
     def go(length: int, suites: list[str], recipes: list[str], samples: int, **options: object) -> None:
         batch = max(1, min(100, args.tokens // length))
-        some: dict = dict(rounds=0, looks=args.looks) | options
+        some: dict = dict(rounds=0, looks=args.looks, beyond=args.beyond) | options
         try:
             run(model, tokenizer, out=args.out, name=Path(args.model).name, source=source, recipes=recipes, suites=suites,
                 lengths=[length], samples=samples, batch=batch, progress=progress, say=print, **some)  # fmt: skip

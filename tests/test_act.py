@@ -231,6 +231,10 @@ def test_profile_and_head_search(tmp_path):
     found = again.finish()
     assert found.tensors["heads"].tolist() == [[False] * 4] * 2 + [[True, False, True, False]] * 2 + [[False] * 4]
     assert found.report["heads"] == 4 and found.report["predicted_change"] < 0 and again.prompts == 1
+    for layer in (2, 3):  # a second prompt, the same one; not all layers are shown
+        again.see(replace(x, layer=layer), plain, plain - goal)
+    assert again.prompts == 2
+    torch.testing.assert_close(again.finish().tensors["change"], found.tensors["change"])
     path = str(Profile("act", tensors=found.tensors).save(tmp_path / "p"))
     drive = Drive(ACT(profile=path), layers=5, layer=2)
     torch.testing.assert_close(drive(q, k, v)[0, ::2], moved[0, ::2], atol=1e-5, rtol=1e-5)
@@ -240,7 +244,9 @@ def test_profile_and_head_search(tmp_path):
 
 
 def test_bad_options():
-    for text, words in (("act:beta=1.5", "beta"), ("act:theta=0", "theta"), ("act+cache=snapkv", "evicts")):
+    shared = "act+heads=duo_attention:sparsity=1"  # would report the plan of those heads and compute another
+    bad = {"act:beta=1.5": "beta", "act:theta=0": "theta", "act+cache=snapkv": "evicts", shared: "computes all heads"}
+    for text, words in bad.items():
         with pytest.raises(ConfigError, match=words):
             Recipe.of(text)
     assert parse("act").describe() == "act:beta=0.4,theta=0.1,profile=None"

@@ -196,6 +196,8 @@ def test_low_precision_and_softcap():
 
 
 def test_what_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="cannot leave some of them to another method"):
+        Recipe.of("deltallm+heads=duo_attention:sparsity=1")
     with pytest.raises(ConfigError, match="references follow every key"):
         Recipe.of("deltallm+cache=snapkv")
     q, k, v = prompt("random", m=40)

@@ -22,7 +22,7 @@ few = settings(max_examples=25, deadline=None)
 def inputs(q, kv, start, rope, note=lambda text: None):
     n = q.shape[2]
     pos = torch.arange(start, start + n)[None]
-    return AttnInput(q, kv, "prefill", 2, 4, 1 / math.sqrt(kv.shape[3]), start, pos, rope=rope, note=note)
+    return AttnInput(q, kv, "prefill", 2, 4, 1 / math.sqrt(kv.shape[3]), start, q_pos=pos, rope=rope, note=note)
 
 
 def compress(q, k, v, rope, cuts=None, note=lambda text: None, **options):

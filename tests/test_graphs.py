@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -11,9 +12,13 @@ import foveate
 from foveate.adapters.graphs import Graphs
 from foveate.cache.dense import DenseStore
 from foveate.cache.fixed import FixedDense
+from foveate.errors import CacheError
 from foveate.methods.base import Method, Selection
+from foveate.profile import Profile
 from foveate.recipe import Recipe
+from tests.indexers import random_profile
 from tests.models import generate, tiny, tokens
+from tests.profiles import folder
 
 RECIPES = (
     "dense",
@@ -62,6 +67,61 @@ class Dry(Graphs):
     def record(self, cache, held):
         held.advance = lambda cache: None
         replay = Replay(self, cache, held)
+        return replay, replay.logits
+
+
+def bindings(value):
+    """A copy of everything in a value of `state.layer` but its tensors, which stay the same."""
+    if isinstance(value, torch.Tensor) or not (isinstance(value, (dict, list, tuple)) or hasattr(value, "__dict__")):
+        return value
+    if isinstance(value, dict):
+        out = type(value)()
+        out.update({name: bindings(part) for name, part in value.items()})
+        return out
+    if isinstance(value, (list, tuple)):
+        return type(value)(bindings(part) for part in value)
+    out = copy.copy(value)
+    for name, part in vars(value).items():
+        object.__setattr__(out, name, bindings(part))
+    return out
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    parts = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, dict) else parts
+    return [t for part in parts for t in tensors(part)]
+
+
+class Recorded(Replay):
+    """As a graph does it: with the step number and the tensors of its capture, and what the host remembers unmoved."""
+
+    def __init__(self, graphs, cache, held):
+        super().__init__(graphs, cache, held)
+        self.layers = [layer.cache for layer in cache.layers]
+        self.step, self.before = self.layers[0].steps, [bindings(c.batch) for c in self.layers]
+        self.after = None
+
+    def replay(self):
+        now, step = [c.batch for c in self.layers], self.layers[0].steps
+        for c, then in zip(self.layers, self.before, strict=True):
+            c.batch, c.steps = bindings(then), self.step
+        super().replay()
+        new = [c.batch for c in self.layers]
+        if self.after is None:  # the capture itself, which the host has seen
+            self.after = new
+            return
+        for c, held, old, got in zip(self.layers, now, self.after, new, strict=True):
+            c.batch, c.steps = held, step + 1
+            for there, t in zip(tensors(old), tensors(got), strict=True):
+                there.copy_(t)  # where the graph's own memory is
+
+
+class Strict(Dry):
+    def record(self, cache, held):
+        held.advance = lambda cache: None
+        replay = Recorded(self, cache, held)
         return replay, replay.logits
 
 
@@ -133,6 +193,84 @@ def test_what_is_not_captured_says_why():
     handle = dry(model, recipe)
     assert torch.equal(said(model, ids), want) and handle.graphs.replays == 0
     assert handle.notes == ["decode steps are not captured: storage of kind 'paged' grows on the host"]
+    handle.remove()
+
+
+DECODE = (
+    "quest:budget=32,dense_layers=0",
+    "adamas:budget=16,dense_layers=0,theta=1",
+    "tidal_decode:start=0,reselect=2,budget=12",
+    "token_select:sink=2,local=8,budget=8,chunk=8",
+    "longheads:chunk=8,attention=32,block=8",
+    "lserve:page=4,logical=2,budget=16,sink=4,window=8,assign=even",
+    "lserve:page=4,logical=2,budget=16,sparsity=0+cache=snapkv:window=8,capacity=40",
+    "recycled_attention:stride=5",  # a share of a fixed store's room is more tokens than one of its entries
+    "recycled_attention:stride=3,budget=12,tau=none",
+    "dsa:budget=20,profile={dsa}",
+    "double_sparsity:budget=16,dense_layers=0,profile={labels}",
+)
+
+
+@pytest.mark.parametrize("recipe", DECODE)
+def test_a_recorded_step_is_right_at_every_later_step(recipe):
+    """What a method decides on the host, and which tensors it reads, stay as they were at the capture. The store is
+    replaced by a larger one on the way."""
+    channels = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(6)])
+    recipe = recipe.format(
+        dsa=random_profile(4, 2, 16),
+        labels=folder(Profile("double_sparsity", {"channel": "q"}, {"channels": channels.int().view(3, 2, 16)})),
+    )
+    recipe = f"prefill=dense+decode={recipe}"
+    model, ids = tiny(), tokens(2, 70)
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    with foveate.use(model, recipe):
+        want = generate(model, ids, mask, max_new_tokens=150, min_new_tokens=150)
+    handle = foveate.apply(model, recipe)
+    handle.graphs = Strict(handle)
+    handle.graphs.install()
+    got = generate(model, ids, mask, max_new_tokens=150, min_new_tokens=150)
+    assert handle.graphs.replays > 100 and not handle.notes
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
+    handle.remove()
+
+
+def test_graphs_of_another_recipe_are_not_replayed():
+    model, ids = tiny(), tokens(1, 60)
+    step = lambda cache: model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)  # noqa: E731
+    handle = dry(model, RECIPES[1])
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        for _ in range(5):
+            step(cache)
+        old = cache.captured
+        assert old is not None and old.graphs
+        handle.remove()
+        handle = dry(model, "dense")
+        for _ in range(5):
+            step(cache)
+    assert cache.captured is not old and handle.graphs.replays > 0
+    handle.remove()
+
+
+def test_a_broken_cache_is_refused_without_the_device():
+    class Silent(Dry):
+        def record(self, cache, held):
+            replay, logits = super().record(cache, held)
+            replay.replay = lambda: None
+            return replay, logits
+
+    model, ids = tiny(), tokens(1, 60)
+    handle = foveate.apply(model, "dense")
+    handle.graphs = Silent(handle)
+    handle.graphs.install()
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        for _ in range(4):
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        cache.broken = True
+        with pytest.raises(CacheError, match="failed half-way"):
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
     handle.remove()
 
 

@@ -254,6 +254,20 @@ def test_seeds_and_storage():
     assert torch.equal(run(method, x)[0], one) and method.plan(x, State()).to_mask().shape[-1] == 192
 
 
+def test_every_seed_layer_and_start_draws_its_own_samples():
+    """A generator on the CPU reads the low 32 bits of a seed only, and refuses more than 64."""
+
+    def drawn(seed=0, layer=0, start=0):
+        q, k, v = qkv(1, 2, 1, 100)
+        x = call(q, k, v, start=start, layer=layer, layers=9)
+        return HyperAttention(block=8, samples=8, min_seq_len=16, seed=seed).plan(x, State()).levels[-1].samples
+
+    some = [drawn(seed=seed) for seed in (0, 1, 4, 20_000, 12_345_678, (1 << 32) - 1)]
+    some += [drawn(layer=layer) for layer in (1, 4, 8)] + [drawn(start=start) for start in (4, 8)]
+    some = [t.flatten()[:16] for t in some]
+    assert not any(torch.equal(a, b) for i, a in enumerate(some) for b in some[:i])
+
+
 def test_softcap():
     q, k, v = qkv(1, 2, 2, 60, dtype=torch.float64)
     x = call(3 * q, k, v)
@@ -296,6 +310,7 @@ def test_through_the_runtime():
         ("hyperattention:samples=-1", "samples expected >= 0, got -1"),
         ("hyperattention:planes=17", "planes expected between 1 and 16, got 17"),
         ("hyperattention:min_seq_len=0", "min_seq_len expected >= 1, got 0"),
+        ("hyperattention:seed=4294967296", "seed expected between 0 and 4294967295"),
         ("hyperattention:seed=1.5", "seed expected int, got 1.5"),
         ("hyperattention:sample=4", "did you mean 'samples'"),
     ],

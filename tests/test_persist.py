@@ -8,11 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from foveate.cache import LayerCache, PagedStore
+import foveate
+from foveate.adapters.context import ContextCache
+from foveate.cache import LayerCache, PagedStore, persist
+from foveate.cache.dense import DenseStore
+from foveate.cache.fixed import fix
 from foveate.cache.persist import inspect, load, save
 from foveate.errors import CacheError
-from foveate.methods.base import Selection
+from foveate.methods.base import LayerState, Selection
 from tests.drive import Drive, qkv
+from tests.models import tiny, tokens
 
 RECIPES = ["dense", "quest:budget=64", "cache=streaming_llm:sink=4,window=20", "snapkv:window=16,capacity=48",
            "expected_attention:capacity=48"]  # fmt: skip
@@ -96,6 +101,34 @@ def test_unused_slots_are_not_saved(tmp_path):
     save(tmp_path / "c", [layer], "m", "r")
     for t in load_file(tmp_path / "c").values():
         assert bool(torch.isfinite(t).all()) and not bool((t == 12345.0).any())
+
+
+def test_a_fixed_store_is_saved_as_it_is_now(tmp_path):
+    """Rows of different length; steps between two saves."""
+    gen = torch.Generator().manual_seed(0)
+    new = lambda n: torch.randn(2, 2, n, 4, generator=gen)  # noqa: E731
+    store = DenseStore(new(40), new(40), [20, 12])
+    layer = LayerCache()
+    layer.store, layer.seen, layer.rows, layer.tails = fix(store, [20, 12]), [20, 12], [LayerState()] * 2, [None] * 2
+    for _ in range(3):
+        save(tmp_path / "c", [layer], "m", "r")
+        (back,) = load(tmp_path / "c", "m")
+        assert back.store.lens == layer.store.lens
+        for a, b in zip(back.store.view().to_dense().k, layer.store.view().to_dense().k, strict=True):
+            assert torch.equal(a, b[:, : a.shape[1]])
+        layer.append(new(1), new(1))
+
+
+def test_a_context_comes_back_on_the_device_of_its_model(tmp_path, monkeypatch):
+    """What is loaded without a device lies on the CPU, whatever the model computes on."""
+    model = tiny()
+    with foveate.use(model, "dense"), torch.no_grad():
+        model(tokens(1, 20), use_cache=True).past_key_values.save(tmp_path / "c")
+        asked = []
+        monkeypatch.setattr(persist, "load", lambda *args, device="cpu": asked.append(torch.device(device)) or [])
+        model.to("meta")
+        ContextCache.load(tmp_path / "c", model)
+    assert asked == [torch.device("meta")]
 
 
 def test_refusals(tmp_path):

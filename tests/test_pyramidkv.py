@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.errors import ConfigError
+import foveate
+from foveate.errors import CacheError, ConfigError
 from foveate.methods.pyramidkv import PyramidKV
 from foveate.registry import parse
 from tests.drive import Drive, oracle, qkv
 from tests.fidelity import CASES
+from tests.models import tiny, tokens
 
 
 def slow_votes(q, k, window, kernel, pooling, reduce, scale):
@@ -133,6 +135,20 @@ def test_short_prompts_and_missing_queries():
     drive.cache.forget()
     drive(*(t[:, :, 100:] for t in (q, k, v)))
     assert drive.cache.store.lens == [[101, 101]] and any("no prompt queries" in t for t in drive.notes)
+
+
+def test_a_rollback_that_is_refused_changes_nothing():
+    """The first layers keep everything and could be rolled back, the last ones could not."""
+    model, ids = tiny(), tokens(1, 60)
+    with foveate.use(model, "cache=pyramidkv:window=8,sink=0,capacity=40,beta=20"), torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        kept = [layer.cache.evicted for layer in cache.layers]
+        assert not kept[0] and kept[-1]
+        with pytest.raises(CacheError, match="evicted"):
+            cache.crop(-1)
+        assert [layer.cache.seen for layer in cache.layers] == [[61]] * 3 and not cache.broken
+        assert {layer.columns for layer in cache.layers} == {61}
 
 
 def test_options():

@@ -345,7 +345,7 @@ def test_lists_in_pieces_are_the_same(monkeypatch):
     x, _ = rotated_call(CASES[5])
     want = masks(x, Qwen1M(**SMALL).plan(x, State()))
     for module in (dual_chunk, rotation):
-        monkeypatch.setattr(module, "pieces", lambda total, cost: pieces(total, cost, 100))
+        monkeypatch.setattr(module, "pieces", lambda total, cost, *_: pieces(total, cost, 100))
     for a, b in zip(masks(x, Qwen1M(**SMALL).plan(x, State())), want, strict=True):
         assert torch.equal(a, b)
 
@@ -395,6 +395,26 @@ def test_refinement_meets_the_target_with_the_fewest_steps(tmp_path):
         replace(method, profile=path).plan(replace(calls[0], layers=3), State())
 
 
+def test_refinement_of_some_layers():
+    """The first layer is not among them, as with --layers or with a window of the model's own there."""
+    method = Qwen1M(**SMALL | {"chunk": 64, "step": 24, "columns": 8, "diagonals": 6})
+    x = replace(rotated_call(Case("smollm2-3", 150))[0], layers=4)
+    alone, some = method.search(Target("recall", 0.9)), method.search(Target("recall", 0.9))
+    alone.see(replace(x, layer=0), x.q, None)
+    want = alone.finish().tensors
+    for layer in (1, 3, 1, 3):  # two prompts
+        some.see(replace(x, layer=layer), x.q, None)
+        again = method.search(Target("recall", 0.9))
+        again.resume(some.state())
+        some = again
+    found = some.finish()
+    for name in ("columns", "diagonals"):
+        assert torch.equal(found.tensors[name][[1, 3]], want[name][[0, 0]])
+        assert bool((found.tensors[name][[0, 2]] == getattr(method, name)).all())
+    torch.testing.assert_close(found.tensors["recall"][[1, 3]], want["recall"][[0, 0]])
+    assert found.report["recall"] <= 1 and int(want["columns"].max()) > 8
+
+
 # ---------------------------------------------------------------------- input, gates, presets
 @pytest.mark.parametrize(
     "options,words",
@@ -425,6 +445,7 @@ def test_needs_a_rotation_only_where_it_moves_something():
 
 def test_gates_and_presets():
     assert Qwen1M().min_length == 8193 and parse("qwen1m@8k").min_length == 2049 and parse("qwen1m@dca").min_length == 7041
+    assert Qwen1M(original=4096).min_length == 4097  # beyond, the temperature is not 1
     assert parse("qwen1m@1m").grid.length % 64 == 0 and Qwen1M.extends
     dca = parse("qwen1m@dca")
     assert dca.chunk + dca.local < 8192 and dca.grid.length % dca.block == 0

@@ -116,6 +116,18 @@ def test_dense_layers_and_heads():
     assert torch.equal(mask, torch.ones(120, 120, dtype=torch.bool).tril().expand(4, -1, -1))
 
 
+@pytest.mark.parametrize("sink", [0, 4])  # as lists, and as a rule
+@pytest.mark.parametrize("options", [{"stride": 8}, {"stride": 3, "offset": 1, "homo": True}])
+def test_a_dense_head_has_no_phase(options, sink):
+    """The last head sees every block, whatever phase its number would have beside sparse ones."""
+    q, k, v = qkv(1, 4, 4, 120)
+    method = S2Strided(block=16, local=1, dense_heads=1, share="head", sink=sink, **options)
+    mask = method.plan(call(q, k, v), State()).to_mask()[0]
+    tril = torch.ones(120, 120, dtype=torch.bool).tril()
+    assert torch.equal(mask[3], tril)
+    assert all(not torch.equal(mask[h], tril) for h in range(3))
+
+
 def test_decode_after_an_eviction():
     """Positions, not entry numbers, decide: entries of a ring are seen as the text positions they stand for."""
     recipe = Recipe.of("decode=s2_strided:block=16,local=1,stride=2+cache=streaming_llm:sink=20,window=40")

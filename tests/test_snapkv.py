@@ -63,7 +63,7 @@ def compress(q, k, rows=None, kv=None, note=lambda text: None, **options):
     rows = min(method.tail, n) if rows is None else rows
     pos = torch.arange(n - rows, n)[None]
     kv = KV.dense(k, k) if kv is None else kv
-    x = AttnInput(q[:, :, n - rows :], kv, "prefill", 2, 4, 1 / math.sqrt(q.shape[-1]), n - rows, pos, note=note)
+    x = AttnInput(q[:, :, n - rows :], kv, "prefill", 2, 4, 1 / math.sqrt(q.shape[-1]), n - rows, q_pos=pos, note=note)
     return method.compress(x, State())
 
 
@@ -282,3 +282,19 @@ def test_options():
     ):
         with pytest.raises(ConfigError, match=message):
             parse(text)
+
+
+def test_saved_queries_are_the_last_ones():
+    """Compression takes them for the queries of the last positions: those before generated tokens are not, and those of
+    rolled-back tokens are gone, the ones before them are not."""
+    q, k, v = qkv(1, 4, 2, 120)
+    drive, at = Drive("cache=snapkv:window=8,capacity=60"), 0
+    for n in (40, *[1] * 5, 3):  # the prompt stays whole; five steps; a short question
+        drive(*(t[:, :, at : at + n] for t in (q, k, v)))
+        at += n
+    assert torch.equal(drive.cache.tails[0], q[:, :, 45:48])
+    drive(*(t[:, :, 48:110] for t in (q, k, v)))
+    drive.cache.truncate(2)
+    assert torch.equal(drive.cache.tails[0], q[:, :, 102:108])
+    drive(*(t[:, :, 108:109] for t in (q, k, v)))
+    assert drive.cache.store.lens == [[61, 61]] and not drive.notes

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import foveate
 from foveate.errors import ConfigError, UnsupportedError
 from foveate.layout import Layout, Parts
 from foveate.methods.base import State
@@ -14,7 +15,9 @@ from foveate.methods.streaming_llm import StreamingLLM
 from foveate.recipe import Recipe
 from foveate.registry import parse
 from tests.drive import Drive, Rotary, oracle, qkv
+from tests.models import tiny, tokens
 from tests.prompts import call
+from tests.test_graphs import dry, said
 
 TEXT = "streaming_llm:sink=4,window=20,positions=cache"
 
@@ -138,3 +141,24 @@ def test_options():
     x = replace(call(*(t.double() for t in qkv(1, 2, 1, 50))), rope=None)
     with pytest.raises(UnsupportedError, match="positions='cache' needs the model's rotation"):
         StreamingLLM(window=9, positions="cache").plan(x, State())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "streaming_llm:sink=4,window=20",
+        PHASES,
+        "decode=s2_strided:block=16,local=2,stride=3,share=head,dense_heads=1",
+        "topk_exact:budget=20,share=group",
+    ],
+)
+def test_steps_that_look_at_no_device_value_are_replayed(recipe):
+    """Rules and exact top-k plan by shapes alone: captured steps say the same tokens."""
+    model, ids = tiny(), tokens(2, 90)
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    with foveate.use(model, recipe):
+        want = said(model, ids, mask, 24)
+    handle = dry(model, recipe)
+    assert torch.equal(said(model, ids, mask, 24), want) and handle.graphs.replays >= 20
+    handle.remove()

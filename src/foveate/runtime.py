@@ -88,6 +88,7 @@ def attention(recipe: Recipe, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor
         compress(recipe, cache, step, info)
     cache.append(k, v, step.valid, counts, recipe.stored)
     if single:
+        cache.tails = [None] * b  # the queries saved for a compression are not the last ones any more
         out = _decode(recipe, cache, q, step, info)
         cache.steps += 1
         return out

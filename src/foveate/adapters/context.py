@@ -143,6 +143,18 @@ class ContextCache(Cache):
         for layer in self.layers:
             layer.cache.pending = False
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens in all layers, or CacheError and none of them is changed: some layers
+        may have evicted entries where others keep all."""
+        done = 0
+        try:
+            for layer in sorted(self.layers, key=lambda x: not x.cache.evicted):  # those that refuse come first
+                layer.crop(tokens_to_remove)
+                done += 1
+        except BaseException:
+            self.broken = self.broken or done > 0
+            raise
+
     def fork(self) -> ContextCache:
         """An independent copy, for asking several questions about one context."""
         layers = []
@@ -164,13 +176,14 @@ class ContextCache(Cache):
 
     @staticmethod
     def load(path: str | Path, model: Any) -> ContextCache:
-        """Read what `save` wrote. CacheError if it belongs to another model; ConfigError if no recipe is applied."""
+        """Read what `save` wrote, on the model's device. CacheError if it belongs to another model; ConfigError if no
+        recipe is applied."""
         from ..cache import persist
         from .transformers import handle_of
 
         handle = handle_of(model)
         layers = []
-        for cache in persist.load(path, handle.fingerprint):
+        for cache in persist.load(path, handle.fingerprint, device=model.device):
             layer = ContextLayer(cache, max(cache.seen))
             layer.is_initialized = True
             layers.append(layer)

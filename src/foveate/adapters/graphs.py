@@ -61,6 +61,8 @@ class Graphs:
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if ids is None or ids.shape[1] != 1 or not isinstance(cache, ContextCache) or cache.handle is not self.handle:
             return False
+        if cache.broken:  # the forward says so
+            return False
         if self.handle.meter is not None:  # it wants to see every call
             return False
         return not any(layer.cache.pending or layer.cache.store is None for layer in cache.layers)
@@ -102,7 +104,10 @@ class Graphs:
         phase = self._phase(cache.layers[0].cache.steps)
         if phase not in held.warm:
             held.warm.add(phase)
-            return self._run(cache, ids, at)
+            out = self._run(cache, ids, at)
+            if held.graphs and held.memory != places([layer.cache.batch for layer in cache.layers]):
+                held.graphs.clear()  # what this step remembered is elsewhere now: they would read what it replaced
+            return out
         held.ids.copy_(ids)
         held.at.copy_(at)
         known = phase in held.graphs
@@ -128,6 +133,7 @@ class Graphs:
         before = [(list(c.seen), c.steps, s.counted()) for c, s in held.pairs(cache)], [x.columns for x in cache.layers]
         try:
             held.graphs[phase] = self.record(cache, held)
+            held.memory = places([layer.cache.batch for layer in cache.layers])
         except Exception as err:
             for (layer_cache, store), (seen, steps, counted) in zip(held.pairs(cache), before[0], strict=True):
                 layer_cache.seen, layer_cache.steps = seen, steps
@@ -153,7 +159,8 @@ class Captured:
 
     Attributes:
         stores: one a layer; graphs hold their addresses. ids, at: `[B, 1]`, token and position of the step.
-        warm: phases that ran once. graphs: phase -> (graph, its logits `[B, 1, V]`).
+        warm: phases that ran once. graphs: phase -> (graph, its logits `[B, 1, V]`). memory: where the methods' tensors
+            were when the last one was recorded.
     """
 
     def __init__(self, cache: ContextCache, ids: Tensor):
@@ -165,6 +172,7 @@ class Captured:
         self.ids, self.at = torch.zeros_like(ids), torch.zeros_like(ids)
         self.warm: set[str] = set()
         self.graphs: dict[str, tuple[Any, Tensor]] = {}
+        self.memory: list[tuple[int, ...]] = []
         self.pool = torch.cuda.graph_pool_handle() if ids.device.type == "cuda" else None
         self.rows = [(s, s.seen_now) for s in self.stores]  # reordered rows have new tensors
 
@@ -184,3 +192,13 @@ class Captured:
             layer_cache.seen = [s + 1 for s in layer_cache.seen]
             layer_cache.steps += 1
             store.replayed()
+
+
+def places(held: Any) -> list[tuple[int, ...]]:
+    """Address and shape of every tensor inside a value of `state.layer`, in a fixed order."""
+    if isinstance(held, Tensor):
+        return [(held.data_ptr(), *held.shape)]
+    if isinstance(held, (dict, list, tuple)):
+        parts = held.values() if isinstance(held, dict) else held
+        return [place for part in parts for place in places(part)]
+    return places(vars(held)) if hasattr(held, "__dict__") else []

@@ -138,6 +138,8 @@ class Handle:
                 for layer in given.layers:  # what other methods remembered beside these entries means nothing here
                     layer.cache.forget()
                 given.run = {}
+            if given.handle is not self:
+                given.captured = None  # graphs of another recipe's steps, or of another backend's
             given.handle = self
             return given
         if given is None and not use:

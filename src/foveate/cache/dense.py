@@ -145,7 +145,8 @@ class DenseStore:
                 out[name] = t[:, :, :m]
         if self.even:
             return out
-        dead = torch.arange(m, device=self.k.device) >= self._lengths()[..., None]  # whatever memory held is not saved
+        lengths = torch.tensor(self.lens, device=self.k.device)  # a fixed store counts beside `_len`
+        dead = torch.arange(m, device=self.k.device) >= lengths[..., None]  # whatever memory held is not saved
         blank = {name: dead[..., None] if t.dim() == 4 else dead for name, t in out.items() if name != "count"}
         return {name: t.masked_fill(blank[name], 0) if name in blank else t for name, t in out.items()}
 

@@ -123,7 +123,7 @@ class LayerCache:
         self.seen = [s - n for s in self.seen]
         for state in (*self.rows, self.batch):
             state.truncate(n)
-        self.tails = [None] * len(self.tails)
+        self.tails = [None if t is None or t.shape[2] <= n else t[:, :, : t.shape[2] - n] for t in self.tails]
 
     def reorder(self, index: Tensor) -> None:
         """Row b becomes the old row index[b]. Rows never share mutable state afterwards."""

@@ -22,7 +22,7 @@ class ACT(Method):
 
     In calibrated heads, keys whose mean attention over the rows that see them exceeds `theta` (position 0 exempt) keep
     `beta` of it; the rest goes to the other keys in proportion. Heads: those of `profile` (found by `search`), without
-    one all heads of the layers from the third to the third last. A calibrated layer costs two dense attentions and the
+    one all heads of the layers from the third to the last but one. A calibrated layer costs two dense attentions and the
     column means of a prompt: the other keys are attended on their own, since subtracting the sinks from the dense
     result loses all digits where they hold nearly all mass.
 
@@ -41,6 +41,8 @@ class ACT(Method):
     source: ClassVar[str] = "Yu et al. 2024, arXiv 2406.15765"
 
     def refuses(self, recipe: Any) -> str | None:
+        if recipe.heads is not None:
+            return "it computes all heads itself and cannot leave some of them to another method"
         return "hidden sinks must stay in the cache, and its policy evicts entries" if recipe.evicts else None
 
     def plan(self, x: AttnInput, state: State) -> Layout:

@@ -21,7 +21,7 @@ class HeadSearch:
 
     The paper calibrates one head after another and keeps those that raise the accuracy on labelled sets: one evaluation
     per head. The gradient gives all of these changes, to first order, in one pass, with the text's own loss for the
-    accuracy. Heads with a mean change below zero in the layers from the third to the third last are kept; the target's
+    accuracy. Heads with a mean change below zero in the layers from the third to the last but one are kept; the target's
     number has no meaning here.
     """
 
@@ -31,7 +31,7 @@ class HeadSearch:
     def __init__(self, method: ACT):
         self.method = replace(method, profile=None)
         self.change = torch.zeros(0, 0, dtype=torch.float64)  # [layers, H]
-        self.prompts = 0
+        self.prompts, self.last = 0, 1 << 30  # the layer seen last
 
     def see(self, x: AttnInput, out: Tensor, grad: Tensor | None) -> None:
         from ..kernels.dispatch import attend
@@ -41,7 +41,7 @@ class HeadSearch:
             raise ConfigError("act: the search for heads needs the gradient of the loss, got none")
         if not self.change.numel():
             self.change = torch.zeros(x.layers, x.q.shape[1], dtype=torch.float64)
-        self.prompts += x.layer == 0
+        self.prompts, self.last = self.prompts + (x.layer <= self.last), x.layer
         heads = self.method.heads(x)
         if heads is None:
             return

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from ..layout import Layout
 from ..scores.labels import Codes, best_tokens
 from .base import AttnInput, Method, State, option
+from .search import Knob
 
 CODES = "adamas.codes"
 
@@ -38,6 +39,7 @@ class Adamas(Method):
     id: ClassVar[str] = "adamas"
     roles: ClassVar[tuple[str, ...]] = ("decode",)
     source: ClassVar[str] = "Yan et al. 2025, arXiv 2510.18413"
+    knob: ClassVar[Knob | None] = Knob("budget", 32, 65536, log=True, whole=True)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "8k": {"budget": 256, "unit": "std", "theta": 0.5},
         "std": {"unit": "std", "theta": 0.5},

@@ -16,6 +16,7 @@ from ..scores.pooled import block_logits, block_pool, pool_keys
 from ..scores.probes import Probe, last_queries, needed
 from ..select import top_k
 from .base import AttnInput, Method, State, option
+from .search import Knob
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class FlexPrefill(Method):
     roles: ClassVar[tuple[str, ...]] = ("prefill",)
     selection: ClassVar[str] = "prompt"
     source: ClassVar[str] = "Lai et al. 2025, arXiv 2502.20766"
+    knob: ClassVar[Knob | None] = Knob("gamma", 0.3, 0.999)
     presets: ClassVar[dict[str, dict[str, Any]]] = {"8k": {"gamma": 0.9, "min_budget": 512}}
 
     @property

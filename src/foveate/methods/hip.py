@@ -11,9 +11,12 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..layout import Layout
 from ..lists import compact, repeat_heads, sort_unique
-from ..scores.keys import pieces
+from ..reuse import Refresh
+from ..scores.keys import BUDGET, GPU_BUDGET, pieces
 from ..scores.tree import REPRESENTATIVES, Stage, depth, descend, prune
 from .base import AttnInput, Method, State, option
+
+LIST = "hip.list"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,6 @@ class HiP(Method):
     selection: ClassVar[str] = "prompt"  # the rows of a block search together
     source: ClassVar[str] = "Lee et al. 2024, arXiv 2406.09827"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "8k": {"k": 512},
         "ruler": {"k": 2048, "sink": 128, "window": 1024},
         "infinite": {
             "stages": "256x4/32x4x32768/8x1x8192",
@@ -134,7 +136,7 @@ class HiP(Method):
             keys = 4 * max([-(-many // chunk)] + [stage.keep // stage.chunk for stage in self.steps])
         per = x.q.shape[1] * keys * (x.q.shape[3] + rows.shape[1])  # numbers for a block of rows, all heads together
         found = []
-        for lo, hi in pieces(len(block), per):
+        for lo, hi in pieces(len(block), per, BUDGET if x.device.type == "cpu" else GPU_BUDGET):
             q = x.q[:, :, rows[lo:hi] - x.start]  # [1, H, nq, s, D]
             found.append(self._search(x, q, rows[None, None, lo:hi], ends[None, None, lo:hi], many))
         tiles, count = (torch.cat(t, 2) for t in zip(*found, strict=True))
@@ -143,21 +145,14 @@ class HiP(Method):
     # ------------------------------------------------------------------ decode
     def _decode(self, x: AttnInput, state: State) -> Layout:
         assert x.q_pos is not None
-        mine = state.layer
-        age = mine.get("hip.age", self.refresh) + 1
-        page = x.kv.k.shape[1] if x.kv.kind == "paged" else 0  # capacities of a paged view grow by whole pages
-        grown = x.kv.capacity - mine.get("hip.capacity", 0)
-        other = mine.get("hip.made_by") != self.describe()
-        if age >= self.refresh or other or x.kv.pos is not None or not 0 <= grown <= self.refresh + page:
-            ends = x.kv.lengths()[..., None]  # [B, G, 1]
-            if x.kv.pos is None:
-                ends = ends - self.window
-            tiles, count = self._search(x, x.q[:, :, :, None], x.q_pos[:, None, :, None], ends, x.kv.capacity)
-            mine |= {"hip.tiles": tiles, "hip.count": count, "hip.pos": x.q_pos.clone()}
-            mine |= {"hip.capacity": x.kv.capacity, "hip.made_by": self.describe()}
-            age = 0
-        mine["hip.age"] = age
-        return self._layout(x, mine["hip.tiles"], mine["hip.count"], x.q_pos - mine["hip.pos"])
+        policy = Refresh(self.refresh)
+        if x.kv.pos is None and not policy.due(x, state, LIST):
+            return policy.again(x, state, LIST)  # its window reaches back to where the search ended
+        ends = x.kv.lengths()[..., None]  # [B, G, 1]
+        if x.kv.pos is None:
+            ends = ends - self.window
+        tiles, count = self._search(x, x.q[:, :, :, None], x.q_pos[:, None, :, None], ends, x.kv.capacity)
+        return policy.keep(x, state, LIST, self._layout(x, tiles, count))
 
     # ------------------------------------------------------------------ both
     def _search(self, x: AttnInput, q: Tensor, q_pos: Tensor, ends: Tensor, many: int) -> tuple[Tensor, Tensor]:
@@ -189,7 +184,7 @@ class HiP(Method):
             tiles, count = sort_unique(tiles, count)
         return (tiles * self.width).to(torch.int32), count
 
-    def _layout(self, x: AttnInput, tiles: Tensor, count: Tensor, age: Tensor | None = None) -> Layout:
+    def _layout(self, x: AttnInput, tiles: Tensor, count: Tensor) -> Layout:
         block = self.block_q if x.phase == "prefill" else 1
         sink, window = (torch.full((1, 1), n, dtype=torch.int32, device=x.device) for n in (self.sink, self.window))
         return Layout(
@@ -199,7 +194,7 @@ class HiP(Method):
             tile_width=self.width,
             q_pos=x.layout_pos(),
             sink=sink,
-            window=window if age is None else window + age.to(torch.int32),
+            window=window,
             tiles=tiles,
             tile_count=count,
         )

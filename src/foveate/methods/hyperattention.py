@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class HyperAttention(Method):
     planes: int = option(7, low=1, high=16)
     min_seq_len: int = option(4096, low=1)
     dense_layers: int = option(0, low=0)
-    seed: int = option(0, low=0)
+    seed: int = option(0, low=0, high=(1 << 32) - 1)
 
     id: ClassVar[str] = "hyperattention"
     roles: ClassVar[tuple[str, ...]] = ("prefill",)
@@ -100,7 +101,8 @@ class HyperAttention(Method):
         depth = (-(-n // self.min_seq_len) - 1).bit_length()
         length = -(-n // (1 << depth))
         planes = directions(x.q.shape[3], self.planes, self.seed)
-        gen = torch.Generator().manual_seed((self.seed * 1_000_003 + x.layer) * (1 << 30) + start)
+        # A generator on the CPU reads 32 bits of its seed: all three must be in them.
+        gen = torch.Generator().manual_seed(crc32(f"{self.seed} {x.layer} {start}".encode()))
         keys = read_keys(x.kv, 0, x.groups)[:, :, : start + n]
         q, k = buckets(x.q, planes), buckets(keys, planes)
         draw: tuple[int, int, torch.Generator] = (self.block, self.samples, gen)

@@ -19,6 +19,7 @@ from ..scores.bounds import Bounds
 from ..select import top_indices
 from .base import AttnInput, Method, State, option
 from .duo_attention import lowest
+from .search import Knob
 
 BOUNDS, PAGES = "lserve.bounds", "lserve.pages"
 
@@ -56,6 +57,7 @@ class LServe(Method):
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")
     needs: ClassVar[str] = "profile"
     source: ClassVar[str] = "Yang et al. 2025, arXiv 2502.14866"
+    knob: ClassVar[Knob | None] = Knob("budget", 32, 65536, log=True, whole=True)
     evicted_ok: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {"8k": {"budget": 1024, "prefill_window": 1024}}
 

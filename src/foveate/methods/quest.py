@@ -13,6 +13,7 @@ from ..layout import Layout
 from ..scores.bounds import Bounds
 from ..select import top_indices
 from .base import AttnInput, Method, State, option
+from .search import Knob
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Quest(Method):
     id: ClassVar[str] = "quest"
     roles: ClassVar[tuple[str, ...]] = ("decode",)
     source: ClassVar[str] = "Tang et al. 2024, arXiv 2406.10774"
+    knob: ClassVar[Knob | None] = Knob("budget", 32, 65536, log=True, whole=True)
     presets: ClassVar[dict[str, dict[str, Any]]] = {"8k": {"budget": 1024}}
 
     @property

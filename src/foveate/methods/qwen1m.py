@@ -78,8 +78,10 @@ class Qwen1M(Method):
 
     @property
     def min_length(self) -> int:
-        """Up to `chunk` tokens positions are the true ones, up to `threshold` nothing is dropped."""
-        return (min(self.chunk, self.threshold) if self.sparse else self.chunk) + 1
+        """Up to `chunk` tokens positions are the true ones, up to `threshold` nothing is dropped, up to `original` the
+        temperature is 1."""
+        least = min(self.chunk, self.threshold) if self.sparse else self.chunk
+        return (least if self.original is None else min(least, self.original)) + 1
 
     @property
     def grid(self) -> Chunks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ class Refinement:
     Recall is exp(lse_sparse - lse_dense), both under dual chunk attention, mean over rows and prompts. A layer stops
     growing for a prompt once all its heads meet the target there, or once both sizes cover the prompt. Each step of a
     layer is one sparse attention over the prompt; all prompts are seen once. Under share "group" a list must serve the
-    worst of its heads.
+    worst of its heads. Layers that were not shown keep the method's sizes.
     """
 
     passes = 1
@@ -33,13 +34,13 @@ class Refinement:
             raise ConfigError(f"qwen1m: target expected recall=, which its refinement grows towards, got {target}")
         self.target = target.value
         self.method = replace(method, profile=None, sparse=True, threshold=0)
-        self.layers: list[Tensor] = []  # per layer, recall summed over prompts, fp64 [steps, Hl]
-        self.prompts = 0
+        self.layers = 0  # of the model
+        self.prompts: dict[int, int] = {}  # that each layer has seen
+        self.recall: dict[int, Tensor] = {}  # of each layer, summed over prompts, fp64 [steps, Hl]
 
     def see(self, x: AttnInput, out: Tensor, grad: Tensor | None) -> None:
         from ..kernels.dispatch import attend
 
-        self.prompts += x.layer == 0
         how = dict(scale=x.scale, softcap=x.softcap, return_lse=True)
         m, method, got = x.kv.capacity, self.method, []
         with torch.no_grad():
@@ -53,6 +54,7 @@ class Refinement:
                 got.append(recall)
                 if bool((recall >= self.target).all()) or min(columns, diagonals) >= m:
                     break
+        self.layers, self.prompts[x.layer] = x.layers, self.prompts.get(x.layer, 0) + 1
         self._add(x.layer, torch.stack(got))
 
     def _sizes(self, steps: int) -> tuple[int, int]:
@@ -60,47 +62,54 @@ class Refinement:
 
     def _add(self, layer: int, got: Tensor) -> None:
         """Add one prompt's recalls `[steps, Hl]`; a prompt that stopped earlier keeps what it had reached."""
-        if layer == len(self.layers):
-            self.layers.append(got)
-            return
-        old = self.layers[layer]
+        old = self.recall.get(layer, torch.zeros_like(got))
         steps = max(len(old), len(got))
-        self.layers[layer] = _longer(old, steps) + _longer(got, steps)
+        self.recall[layer] = _longer(old, steps) + _longer(got, steps)
 
     def end_pass(self) -> None:
         return None
 
     def finish(self) -> Found:
-        steps, recall = [], []
-        for total in self.layers:
-            mean = total / max(1, self.prompts)
+        if not self.recall:
+            raise ConfigError("qwen1m: the refinement was shown no layer")
+        heads = next(iter(self.recall.values())).shape[1]
+        many = torch.zeros(self.layers, heads, dtype=torch.int64)
+        recall = torch.full(many.shape, math.nan, dtype=torch.float64)
+        for layer, total in self.recall.items():
+            mean = total / self.prompts[layer]
             met = mean >= self.target - 1e-9
-            first = torch.where(met.any(0), met.int().argmax(0), len(mean) - 1)
-            steps.append(first)
-            recall.append(mean.gather(0, first[None])[0])
-        many, reached = torch.stack(steps), torch.stack(recall)
+            many[layer] = torch.where(met.any(0), met.int().argmax(0), len(mean) - 1)
+            recall[layer] = mean.gather(0, many[layer][None])[0]
+        shown = sorted(self.recall)
+        some, reached = many[shown], recall[shown]
         columns, diagonals = self._sizes(0)
         tensors = {
             "columns": (columns + many * self.method.step).int(),
             "diagonals": (diagonals + many * self.method.step).int(),
-            "recall": reached.float(),
+            "recall": recall.float(),
         }
         report = {
             "recall": float(reached.mean()),
             "worst_recall": float(reached.min()),
             "missed": int((reached < self.target - 1e-9).sum()),
-            "steps": {str(t): int((many == t).sum()) for t in many.unique().tolist()},
+            "steps": {str(t): int((some == t).sum()) for t in some.unique().tolist()},
         }
         return Found(tensors=tensors, report=report)
 
     def state(self) -> dict[str, Tensor]:
-        steps = max((len(t) for t in self.layers), default=0)
-        done = {"recall": torch.stack([_longer(t, steps) for t in self.layers])} if self.layers else {}
-        return {"prompts": torch.tensor(self.prompts), **done}
+        out = {"layers": torch.tensor(self.layers)}
+        for layer, total in self.recall.items():
+            out |= {f"recall.{layer}": total, f"prompts.{layer}": torch.tensor(self.prompts[layer])}
+        return out
 
     def resume(self, state: dict[str, Tensor]) -> None:
-        self.prompts = int(state["prompts"])
-        self.layers = list(state["recall"].clone().unbind(0)) if "recall" in state else []
+        self.layers = int(state["layers"])
+        for key, value in state.items():
+            name, _, layer = key.partition(".")
+            if name == "recall":
+                self.recall[int(layer)] = value.clone()
+            elif name == "prompts":
+                self.prompts[int(layer)] = int(value)
 
 
 def _longer(t: Tensor, steps: int) -> Tensor:

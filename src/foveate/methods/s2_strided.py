@@ -53,6 +53,9 @@ class S2Strided(Method):
         """Below this the local band is everything."""
         return self.local * self.block + 1
 
+    def phase(self, step: int) -> str | None:
+        return "step"
+
     def plan(self, x: AttnInput, state: State) -> Layout | None:
         if self.dense_every is not None and (x.layer + 1) % self.dense_every == 0:
             return None
@@ -80,7 +83,7 @@ class S2Strided(Method):
                 f"s2_strided: {heads} heads have {phases} phases of {self.stride}; far blocks of the other phases are "
                 "seen by no head of a layer (a smaller stride, share=head or dense_heads would see them)"
             )
-        return stride, torch.remainder(-(number * step + self.offset), self.stride)
+        return stride, torch.remainder(-(number * step + self.offset), stride)
 
     def _rule(self, x: AttnInput, block_q: int, **rule: Any) -> Layout:
         grid: dict[str, Any] = dict(block_q=block_q, q_offset=x.offset(block_q), q_pos=x.layout_pos())

@@ -167,7 +167,7 @@ class Halving:
     def state(self) -> dict[str, Tensor]:
         if not self.tau:
             return {}
-        unseen = torch.full_like(next(iter(self.tau.values())), START)  # layers with the model's own window
+        unseen = torch.full_like(next(iter(self.tau.values())), self.method.tau)
         return {"tau": torch.stack([self.tau.get(i, unseen) for i in range(self.layers)])}
 
     def resume(self, state: dict[str, Tensor]) -> None:

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout import Layout
-from ..lists import compact
 from ..profile import Profile, of
 from ..scores.keys import pieces
-from ..scores.pooled import block_logits, block_pool, pool_keys
-from ..scores.similarity import key_similarity, self_similarity
-from ..select import top_k, top_p
+from ..scores.pooled import block_pool, pool_keys
+from ..scores.similarity import Trust, key_similarity, list_cost, self_similarity, trusted_lists
 from .base import AttnInput, Method, State, option
 from .search import Knob, Search, Target
 
@@ -106,38 +104,21 @@ class SpargeAttn(Method):
         b, h, g, m = x.q.shape[0], x.q.shape[1], x.groups, x.start + x.q.shape[2]
         offset, first, nk = x.offset(self.block_q), x.start // self.block_q, -(-m // self.block_k)
         qbar, kbar = block_pool(x.q, self.block_q, offset=offset), pool_keys(x.kv, self.block_k)[:, :, :nk]
-        rows = (self_similarity(x.q, self.block_q, offset=offset)[..., None] > theta).expand(b, h, -1, 1)
+        nq, lists = qbar.shape[2], g if self.share == "group" else h
+        rows = (self_similarity(x.q, self.block_q, offset=offset)[..., None] > theta).expand(b, h, -1, 1)[..., 0]
         keys = key_similarity(x.kv, m, self.block_k).repeat_interleave(h // g, 1)[:, :, None] > theta
-        nq, hl = qbar.shape[2], g if self.share == "group" else h
-        tiles = torch.empty(b, hl, nq, nk, dtype=torch.int32, device=x.device)
-        count = torch.empty(b, hl, nq, dtype=torch.int32, device=x.device)
-        for lo, hi in pieces(nq, 8 * b * h * nk):
-            score = block_logits(qbar[:, :, lo:hi], kbar, x.scale, x.softcap)
-            number = torch.arange(first + lo, first + hi, device=x.device)
-            keep = self._chosen(score, number, rows[:, :, lo:hi], keys, cdf)
-            tiles[:, :, lo:hi], count[:, :, lo:hi] = compact(keep.unflatten(1, (hl, -1)).any(2))
+        trust = Trust(cdf, self.topk, rows, keys[:, :, 0], self.block_q, self.block_k)
+        parts = [
+            trusted_lists(qbar, kbar, trust, lo, hi, first=first, scale=x.scale, softcap=x.softcap, lists=lists)
+            for lo, hi in pieces(nq, list_cost(qbar, nk))
+        ]
+        tiles, count = parts[0] if len(parts) == 1 else (torch.cat(some, 2) for some in zip(*parts, strict=True))
         return Layout(
             x.shape,
             block_q=self.block_q,
             q_offset=offset,
             tile_width=self.block_k,
             q_pos=x.layout_pos(),
-            tiles=tiles.mul_(self.block_k),
+            tiles=tiles,
             tile_count=count,
         )
-
-    def _chosen(self, score: Tensor, number: Tensor, rows: Tensor, keys: Tensor, cdf: Threshold) -> Tensor:
-        """bool `[B, H, n, nk]` from scores of the query blocks `number`, and which blocks of both sides are trusted."""
-        begin = torch.arange(score.shape[-1], device=score.device) * self.block_k
-        start, end = number[:, None] * self.block_q, (number[:, None] + 1) * self.block_q
-        seen = begin < end
-        forced = (begin == 0) | (seen & (begin + self.block_k > start))
-        valid = seen & keys
-        if self.topk is not None:
-            room = (self.topk * seen.sum(-1)).long().clamp(min=1)  # floor
-            best = top_k(score, room.expand(score.shape[:-1]), valid=valid, forced=forced)
-        else:
-            prob = score.masked_fill(~valid, float("-inf")).softmax(-1).nan_to_num(0.0)  # no trusted key: no mass
-            p = cdf if isinstance(cdf, float | int) else cdf[..., 0].expand(score.shape[:-1])
-            best = top_p(prob, p, valid=valid, forced=forced, least=1)
-        return (best | ~keys | ~rows | forced) & seen

@@ -13,6 +13,7 @@ from ..kv import KV
 from ..layout import Layout, Part, Parts
 from ..scores.rotation import moved
 from .base import AttnInput, Method, Selection, State, option
+from .search import Knob
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class StreamingLLM(Method):
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode", "cache")
     share: ClassVar[str] = "group"
     source: ClassVar[str] = "Xiao et al. 2023, arXiv 2309.17453"
+    knob: ClassVar[Knob | None] = Knob("window", 32, 65536, log=True, whole=True)
     evicted_ok: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "8k": {"sink": 4, "window": 1020},
@@ -48,6 +50,9 @@ class StreamingLLM(Method):
     def extends(self) -> bool:  # type: ignore[override]
         """Positions inside the cache stay within the model's, however long the text."""
         return self.positions == "cache"
+
+    def phase(self, step: int) -> str | None:
+        return "step"
 
     def plan(self, x: AttnInput, state: State) -> Layout | Parts:
         # Nothing has left the cache: every distance inside it is the true one. Entry numbers say so without positions.

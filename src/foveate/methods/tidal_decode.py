@@ -13,6 +13,7 @@ from ..layout import Layout
 from ..lists import compact, repeat_heads
 from ..scores.exact import top_keys
 from .base import AttnInput, Method, State, option
+from .search import Knob
 
 TOKENS = "tidal_decode.tokens"
 
@@ -42,6 +43,7 @@ class TidalDecode(Method):
     id: ClassVar[str] = "tidal_decode"
     roles: ClassVar[tuple[str, ...]] = ("decode",)
     source: ClassVar[str] = "Yang et al. 2024, arXiv 2410.05076"
+    knob: ClassVar[Knob | None] = Knob("budget", 32, 65536, log=True, whole=True)
     presets: ClassVar[dict[str, dict[str, Any]]] = {"8k": {"budget": 512}, "long": {"budget": 4096}}
 
     def __post_init__(self) -> None:

@@ -13,13 +13,13 @@ from ..errors import ConfigError, UnsupportedError
 from ..kernels.dispatch import attend
 from ..kv import KV
 from ..layout import Layout
-from ..scores.exact import GPU_BUDGET
-from ..scores.keys import BUDGET, pieces
+from ..scores.keys import BUDGET, GPU_BUDGET, pieces
 from ..scores.pooled import block_pool
 from ..scores.raw_keys import RawKeys, group_logits, raw_keys, raw_queries
 from ..scores.rotation import moved
 from ..select import top_indices
 from .base import AttnInput, Method, Rope, State, option
+from .search import Knob
 
 KEYS, TOKENS = "token_select.keys", "token_select.tokens"
 
@@ -57,6 +57,7 @@ class TokenSelect(Method):
     selection: ClassVar[str] = "prompt"  # rows of a chunk share the list that their mean chose
     share: ClassVar[str] = "group"
     source: ClassVar[str] = "Wu et al. 2024, arXiv 2411.02886"
+    knob: ClassVar[Knob | None] = Knob("budget", 32, 65536, log=True, whole=True)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "8k": {"sink": 64, "local": 256, "budget": 704, "chunk": 256},
         "cached": {"theta": 0.9},

@@ -48,6 +48,9 @@ class TopKExact(Method):
     def min_length(self) -> int:
         return self.budget + 1
 
+    def phase(self, step: int) -> str | None:
+        return "step"
+
     def plan(self, x: AttnInput, state: State) -> Layout | None:
         if x.layer < self.dense_layers or x.kv.capacity <= self.budget:
             return None

@@ -12,10 +12,8 @@ from torch.nn.functional import pad
 from .. import lists, profile
 from ..errors import ConfigError
 from ..layout import Layout
-from ..scores.antidiagonal import block_mass
+from ..scores.antidiagonal import block_mass, keep_share, share_lists
 from ..scores.pairs import WHOLE
-from ..scores.pooled import causal_blocks
-from ..select import top_p
 from .base import AttnInput, Method, State, option
 from .search import Knob, Search, Target
 
@@ -71,28 +69,25 @@ class XAttention(Method):
             return None
         first, nk, hl = x.start // size, -(-m // size), x.groups if self.share == "group" else x.q.shape[1]
         tau = self._thresholds(x, state)
-        whole = (
-            x.q.shape[0] * hl * nk * nk <= WHOLE
-        )  # beyond, every piece is cut to its longest list, which waits for the device
+        # Beyond, every piece is cut to its longest list, which waits for the device.
+        whole = x.q.shape[0] * hl * nk * nk <= WHOLE
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
         scores = block_mass(x.q, x.kv, self.stride, size, start=x.start, scale=x.scale, softcap=x.softcap)
         for g0, g1, lo, hi, mass in scores:
-            keep = self._keep(mass, tau[g0:g1] if isinstance(tau, Tensor) else tau, first + lo)
-            if self.share == "group":
-                keep = keep.any(2, keepdim=True)
-            index, count = lists.compact(keep.flatten(1, 2))
+            some = tau[g0:g1] if isinstance(tau, Tensor) else tau
+            index, count = share_lists(mass, some, first + lo, size, group=self.share == "group")
             parts.setdefault(g0, []).append((index if whole else lists.trim(index, count), count))
         wide = max(index.shape[-1] for row in parts.values() for index, _ in row)
-        tiles = [torch.cat([pad(index, (0, wide - index.shape[-1])) for index, _ in row], 2) for row in parts.values()]
-        counts = [torch.cat([count for _, count in row], 2) for row in parts.values()]
+        tiles = [_join([_widened(index, wide) for index, _ in row], 2) for row in parts.values()]
+        counts = [_join([count for _, count in row], 2) for row in parts.values()]
         return Layout(
             x.shape,
             block_q=size,
             q_offset=x.offset(size),
             tile_width=size,
             q_pos=x.layout_pos(),
-            tiles=torch.cat(tiles, 1) * size,
-            tile_count=torch.cat(counts, 1),
+            tiles=_join(tiles, 1),
+            tile_count=_join(counts, 1),
         )
 
     def search(self, target: Target) -> Search | None:
@@ -105,10 +100,7 @@ class XAttention(Method):
 
     def _keep(self, mass: Tensor, tau: float | Tensor, first: int) -> Tensor:
         """bool like `mass` `[..., nq, nk]`, the first row of which is query block number `first`."""
-        (nq, nk), device = mass.shape[-2:], mass.device
-        valid = causal_blocks(nq, nk, first, device)
-        column, row = torch.arange(nk, device=device), torch.arange(first, first + nq, device=device)[:, None]
-        return top_p(mass, tau, valid=valid, forced=(column == 0) | (column == row))
+        return keep_share(mass, tau, first)
 
     def _thresholds(self, x: AttnInput, state: State) -> float | Tensor:
         """One for all heads, or those of this layer, `[G, r, 1]` on the device."""
@@ -121,3 +113,11 @@ class XAttention(Method):
                 raise ConfigError(f"xattention: profile expected thresholds {list(want)}, got {list(table.shape)}")
             held = state.run[key] = table[x.layer].view(x.groups, -1, 1).to(x.device)
         return held  # type: ignore[no-any-return]
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # joining one part would copy it
+
+
+def _widened(index: Tensor, wide: int) -> Tensor:
+    return index if index.shape[-1] == wide else pad(index, (0, wide - index.shape[-1]))

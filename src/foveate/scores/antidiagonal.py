@@ -12,7 +12,7 @@ are optimistic.
 Cost per query head, for N rows over N keys: N^2 D / stride FLOPs (below the diagonal alone) in the dtype of q, and about
 12 bytes for each of the N^2 / (2 stride^2) numbers (16 bits twice, fp32 twice). 32 heads of 128 at 128K tokens and stride
 16 make 4.4 TFLOP and 13 GB, where dense attention needs 140 TFLOP. Products in bf16 leave the mean logit rounded to
-three digits.
+three digits; a kernel holds them in fp32 and stores 4 bytes for every block / stride of these numbers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .. import lists
 from ..kv import KV
+from ..select import top_p
+from . import fused
 from .keys import BUDGET, pieces, read_keys
+from .pooled import causal_blocks
 
 WIDE = 1 << 26  # numbers a GPU holds at a time; less would leave it waiting for the host
 
@@ -71,6 +75,17 @@ def block_mass(
     r, m, per = h // g, start + n, block // stride
     first, offset, cells = start // block, start % block, -(-m // stride)
     nq = -(-(n + offset) // block)
+    kernels = fused.rows(q)
+    if kernels is not None and kernels.masses(q, stride, block, first + nq):
+        wide = first + nq
+        for g0, g1 in pieces(g, b * r * nq * per * wide, budget or kernels.HELD):
+            keys = read_keys(kv, g0, g1)[:, :, :m].to(q.dtype)
+            some = q[:, g0 * r : g1 * r]
+            for lo, hi in pieces(nq, b * (g1 - g0) * r * per * wide, budget or kernels.HELD):
+                args = stride, block, first + lo, first + hi
+                mass = kernels.block_mass(some, keys, *args, start=start, scale=scale, softcap=softcap)
+                yield Piece(g0, g1, lo, hi, mass.unflatten(1, (g1 - g0, r)))
+        return
     budget = budget or (WIDE if q.is_cuda else BUDGET)
     acc = torch.promote_types(q.dtype, torch.float32)
     heads = q.unflatten(1, (g, r))
@@ -96,3 +111,39 @@ def block_mass(
             p = p.unflatten(3, (-1, per)).sum(4)
             p = pad(p, (0, -seen % per)) if seen % per else p
             yield Piece(g0, g1, lo, hi, p.unflatten(-1, (-1, per)).sum(-1))
+
+
+def keep_share(mass: Tensor, share: float | Tensor, first: int) -> Tensor:
+    """The blocks of each row that hold `share` of its mass, highest first; the first and the diagonal one count first.
+
+    Args:
+        mass: `[..., nq, nk]`, the rows from query block number `first` on. share: a number or a tensor `[..., nq | 1]`.
+
+    Returns:
+        bool like `mass`; nothing beyond the diagonal.
+    """
+    (nq, nk), device = mass.shape[-2:], mass.device
+    valid = causal_blocks(nq, nk, first, device)
+    column, row = torch.arange(nk, device=device), torch.arange(first, first + nq, device=device)[:, None]
+    return top_p(mass, share, valid=valid, forced=(column == 0) | (column == row))
+
+
+def share_lists(
+    mass: Tensor, share: float | Tensor, first: int, block: int, *, group: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`keep_share` as lists: first keys of these blocks, int32 `[B, Hl, nq, nk]` ascending, and counts `[B, Hl, nq]`.
+
+    Args:
+        mass: `[B, g, r, nq, nk]`. share: a number, or a tensor `[g, r, 1]`.
+        group: the r heads of a kv head get the union of their blocks (Hl = g), else Hl = g r.
+
+    Rows are padded beyond their count with anything in range.
+    """
+    g, r = mass.shape[1:3]
+    kernels = fused.rows(mass[..., :1])  # rows of blocks are no head dim
+    if kernels is not None and mass.shape[-1] <= kernels.BLOCKS:
+        score, each = mass.flatten(1, 2).contiguous(), share.flatten() if isinstance(share, Tensor) else share
+        return kernels.row_lists(score, each, first, block, block, lists=g if group else g * r)  # type: ignore[no-any-return]
+    keep = keep_share(mass, share, first)
+    index, count = lists.compact((keep.any(2, keepdim=True) if group else keep).flatten(1, 2))
+    return index * block, count

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from .. import lists
 from ..kv import KV
-from .keys import pieces
+from .keys import BUDGET, GPU_BUDGET, pieces
 from .probes import Probe, last_queries
 from .rotation import moved
 
@@ -163,15 +163,19 @@ def by_region(chosen: Choice, first: int, blocks: int, block: int, length: int) 
     gap = torch.arange(first, nk, device=device)[:, None] - torch.arange(nk, device=device)
     live = lists.used_slots(keys, many)
     parts: dict[str, list[Lists]] = {name: [] for name in bounds}
-    for lo, hi in pieces(heads, 8 * b * blocks * (nk + keys.shape[-1])):
+    budget = BUDGET if device.type == "cpu" else GPU_BUDGET
+    for lo, hi in pieces(heads, 8 * b * blocks * (nk + keys.shape[-1]), budget):
         on = touched[:, lo:hi][..., gap.clamp(min=0)] & (gap >= 0)  # [B, heads, blocks, nk]
         key = keys[:, lo:hi, None].expand(-1, -1, blocks, -1)
         alone = live[:, lo:hi, None] & ~on.gather(-1, (key // block).long())
-        for name, (start, stop) in bounds.items():
-            tiles, tile_count = lists.compact(on[..., start // block : stop // block])
-            slots, entry_count = lists.compact(alone & (key >= start) & (key < stop))
-            tiles, slots = lists.trim(tiles, tile_count), lists.trim(slots, entry_count)
-            parts[name].append((tiles * block + start, tile_count, key.gather(-1, slots.long()), entry_count))
+        some = [
+            (*lists.compact(on[..., start // block : stop // block]), *lists.compact(alone & (key >= start) & (key < stop)))
+            for start, stop in bounds.values()
+        ]
+        widest = torch.stack([torch.stack([c.amax() for c in four[1::2]]) for four in some]).clamp(min=1)
+        for name, (tiles, tile_count, slots, entry_count), wide in zip(bounds, some, widest.tolist(), strict=True):  # waits
+            tiles, slots = tiles[..., : wide[0]].contiguous(), slots[..., : wide[1]].long()
+            parts[name].append((tiles * block + bounds[name][0], tile_count, key.gather(-1, slots), entry_count))
     return {name: join(some, 1) for name, some in parts.items()}
 
 

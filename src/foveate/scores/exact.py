@@ -9,10 +9,8 @@ from torch.nn.functional import pad
 from ..kv import KV
 from ..lists import repeat_heads
 from ..select import top_indices
-from .keys import BUDGET, pieces, read_keys
+from .keys import BUDGET, GPU_BUDGET, pieces, read_keys
 from .pooled import block_pool
-
-GPU_BUDGET = 1 << 28  # scores held at a time on a GPU (1 GiB): few rows of a long prompt at a time leave it idle
 
 
 def top_keys(

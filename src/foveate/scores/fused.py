@@ -20,6 +20,11 @@ def estimates(t: Tensor) -> ModuleType | None:
     return _usable("estimate_launch", t)
 
 
+def rows(t: Tensor) -> ModuleType | None:
+    """The kernels of antidiagonals and lists of rows (`kernels/triton/estimate_rows_launch.py`), where those above are."""
+    return None if estimates(t) is None else _usable("estimate_rows_launch", t)
+
+
 def _usable(name: str, t: Tensor) -> ModuleType | None:
     if t.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kv import KV
 
 BUDGET = 1 << 24  # numbers an estimator holds at a time (64 MiB in fp32)
+GPU_BUDGET = 1 << 28  # the same on a GPU (1 GiB): few rows of a long prompt at a time leave it idle
 
 
 def read_keys(kv: KV, g0: int, g1: int) -> Tensor:

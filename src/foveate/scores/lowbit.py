@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from .. import lists
 from ..kv import KV
-from .keys import pieces, read_keys
+from .keys import BUDGET, GPU_BUDGET, pieces, read_keys
 
 SHARES = ("fragment", "token", "exact")
 KEYS = 4096  # keys that a piece of work looks at together, about
@@ -99,8 +99,9 @@ def relative_blocks(
     (_, h, n, d), g, bq = q.shape, kv.shape[1], grid.block_q
     r, m, first = h // g, start + n, start // bq
     nq, acc = (m - 1) // bq - first + 1, torch.promote_types(q.dtype, torch.float32)
+    budget = BUDGET if q.device.type == "cpu" else GPU_BUDGET
     out = []
-    for g0, g1 in pieces(g, m * (3 * d + 2 * r)):
+    for g0, g1 in pieces(g, m * (3 * d + 2 * r), budget):
         heads = slice(g0 * r, g1 * r)
         k = read_keys(kv, g0, g1)[0, :, :m].to(acc)
         k = k if softcap else k - k.mean(1, keepdim=True)
@@ -110,7 +111,7 @@ def relative_blocks(
         right = torch.cat([rough, k @ mean.transpose(-1, -2), torch.ones_like(k[..., :1])], -1).transpose(-1, -2)
         cost = r * bq * (3 * d + min(m, KEYS) + 2 * (grid.window + grid.segment + grid.sink + bq))
         mine = []
-        for lo, hi in pieces(nq, (g1 - g0) * cost):
+        for lo, hi in pieces(nq, (g1 - g0) * cost, budget):
             block = torch.arange(first + lo, first + hi, device=q.device)
             pos = (block[:, None] * bq + torch.arange(bq, device=q.device)).flatten()
             begin, end = (first + lo) * bq - start, (first + hi) * bq - start  # rows of q; the grid may reach beyond both
@@ -125,7 +126,7 @@ def relative_blocks(
             rows = rows if share == "exact" else low_bit(rows, query_peaks(rows, share), bits)
             which = torch.eye(r, dtype=acc, device=q.device)[:, None].expand(g1 - g0, r, len(pos), r)
             left = torch.cat([rows * scale, which * scale, -bar[..., None]], -1).flatten(1, 2)
-            keep = _blocks(left, right, block, grid, first + hi - 1, m)
+            keep = _blocks(left, right, block, grid, first + hi - 1, m, budget)
             index, count = lists.compact(keep.any(1) if group else keep.flatten(0, 1))
             mine.append((lists.trim(index, count) * grid.block_k, count))
         out.append(_join(mine, 1))
@@ -138,7 +139,7 @@ def _join(parts: list[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]
     return torch.cat([pad(t, (0, wide - t.shape[-1])) for t, _ in parts], dim), torch.cat([c for _, c in parts], dim)
 
 
-def _blocks(left: Tensor, right: Tensor, block: Tensor, grid: Grid, last: int, m: int) -> Tensor:
+def _blocks(left: Tensor, right: Tensor, block: Tensor, grid: Grid, last: int, m: int, budget: int) -> Tensor:
     """bool `[g, r, nb, nk]`: sink, local, and blocks where any row of left `[g, r * nb * block_q, C]` has a positive
     product with any key of right `[g, C, m]`. The query blocks `block` `[nb]` end with number `last`."""
     (g, rows, _), bk, nb = left.shape, grid.block_k, len(block)
@@ -146,7 +147,7 @@ def _blocks(left: Tensor, right: Tensor, block: Tensor, grid: Grid, last: int, m
     number, local = torch.arange(nk, device=left.device) * bk, grid.local(block)[:, None]
     keep = torch.zeros(g, r, nb, nk, dtype=torch.bool, device=left.device)
     reach = max(0, last * grid.block_q - grid.window) // bk  # blocks beyond are local for every row
-    for lo, hi in pieces(reach, g * rows * bk):
+    for lo, hi in pieces(reach, g * rows * bk, budget):
         s = (left @ right[..., lo * bk : hi * bk]).view(g, r, nb, grid.block_q, hi - lo, bk)
         keep[..., lo:hi] = s.amax((3, 5)) > 0
     return (keep | (number < grid.sink) | (number >= local)) & (number < (block[:, None] + 1) * grid.block_q)

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from ..kv import KV
 from ..lists import repeat_heads
-from .keys import BUDGET, pieces, read_keys
-
-GPU_BUDGET = 1 << 28  # scores held at a time on a GPU (1 GiB): few rows of a long prompt at a time leave it idle
+from .keys import BUDGET, GPU_BUDGET, pieces, read_keys
 
 
 def column_mass(

@@ -6,13 +6,19 @@ Zhang et al. 2025, "SpargeAttention: Accurate and Training-free Sparse Attention
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..kv import KV
+from ..lists import compact
+from ..select import top_k, top_p
+from . import fused
 from .keys import pieces, read_keys
-from .pooled import block_pool
+from .pooled import block_logits, block_pool
 
 
 def self_similarity(x: Tensor, block: int, *, offset: int = 0, centre: bool = False) -> Tensor:
@@ -31,6 +37,8 @@ def self_similarity(x: Tensor, block: int, *, offset: int = 0, centre: bool = Fa
         for the device.
     """
     b, h, n, d = x.shape
+    if n and (kernels := fused.rows(x)) is not None:
+        return kernels.self_similarity(x, block, offset, centre)  # type: ignore[no-any-return]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = []
     for lo, hi in pieces(h, 2 * b * n * d):
@@ -44,5 +52,78 @@ def self_similarity(x: Tensor, block: int, *, offset: int = 0, centre: bool = Fa
 def key_similarity(kv: KV, m: int, block: int) -> Tensor:
     """`self_similarity`, centred, of the first m keys of a view in text order: `[B, G, ceil(m / block)]`."""
     b, g, _, d, _ = kv.shape
+    if kv.kind == "dense":  # nothing is gathered
+        return self_similarity(kv.k[:, :, :m], block, centre=True)
     parts = [self_similarity(read_keys(kv, lo, hi)[:, :, :m], block, centre=True) for lo, hi in pieces(g, 2 * b * m * d)]
     return torch.cat(parts, 1)
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Rules of `trusted_lists`.
+
+    Attributes:
+        share: of the mass that a row keeps, a number or `[H, 1, 1]`. topk: in its place a fraction of the visible blocks.
+        rows: bool `[B, H, nq]`, query blocks that choose; the others take all they see.
+        keys: bool `[B, H, nk]`, key blocks that compete; the others are always in.
+        block_q, block_k: positions of a query block and of a key block.
+    """
+
+    share: float | Tensor
+    topk: float | None
+    rows: Tensor
+    keys: Tensor
+    block_q: int
+    block_k: int
+
+
+def list_cost(qbar: Tensor, nk: int) -> int:
+    """Numbers that `trusted_lists` holds per query block of qbar `[B, H, nq, D]`, in units of `keys.pieces`."""
+    b, h = qbar.shape[:2]
+    return 8 * b * h * nk if _kernels(qbar, nk) is None else b * h * nk // 8  # kernels: one a pair, and half a GiB
+
+
+def trusted_lists(
+    qbar: Tensor, kbar: Tensor, trust: Trust, lo: int, hi: int, *,
+    first: int, scale: float, softcap: float | None, lists: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Key blocks of the query blocks lo..hi by pooled attention, where a block is alike enough for its mean to count.
+
+    Args:
+        qbar: pooled queries `[B, H, nq, D]`, the first one block number `first`. kbar: pooled keys `[B, G, nk, D]`.
+        lists: Hl, H or a divisor: neighbouring heads unite.
+
+    Returns:
+        First keys of the blocks, int32 `[B, Hl, hi - lo, nk]` ascending, padded with the row's last; counts. The first
+        block and those that meet the rows' own positions are always in and count first; one block at least is chosen.
+    """
+    nk, t = kbar.shape[2], trust
+    at = torch.arange(first + lo, first + hi, device=qbar.device)[:, None]
+    begin = torch.arange(nk, device=qbar.device) * t.block_k
+    seen = begin < (at + 1) * t.block_q
+    room = None if t.topk is None else (t.topk * seen.sum(-1)).long().clamp(min=1)  # floor
+    some, rows = qbar[:, :, lo:hi], t.rows[:, :, lo:hi]
+    if (kernels := _kernels(qbar, nk)) is not None:
+        score = kernels.visible_logits(some, kbar, scale, softcap, first + lo, t.block_q, t.block_k)
+        share = t.share.flatten() if isinstance(t.share, Tensor) else float(t.share)
+        keep = None if room is None else room.to(torch.int32)
+        rules = dict(lists=lists, logits=room is None, keep=keep, alike=t.keys, trusted=rows)
+        return kernels.row_lists(score, share, first + lo, t.block_q, t.block_k, **rules)  # type: ignore[no-any-return]
+    score = block_logits(some, kbar, scale, softcap)
+    keys = t.keys[:, :, None]
+    forced = (begin == 0) | (seen & (begin + t.block_k > at * t.block_q))
+    valid = seen & keys
+    if room is not None:
+        best = top_k(score, room.expand(score.shape[:-1]), valid=valid, forced=forced)
+    else:
+        prob = score.masked_fill(~valid, float("-inf")).softmax(-1).nan_to_num(0.0)  # no trusted key: no mass
+        p = t.share[..., 0].expand(score.shape[:-1]) if isinstance(t.share, Tensor) else t.share
+        best = top_p(prob, p, valid=valid, forced=forced, least=1)
+    keep = (best | ~keys | ~rows[..., None] | forced) & seen
+    index, count = compact(keep.unflatten(1, (lists, -1)).any(2))
+    return index * t.block_k, count
+
+
+def _kernels(qbar: Tensor, nk: int) -> ModuleType | None:
+    kernels = fused.rows(qbar)
+    return kernels if kernels is not None and nk <= kernels.BLOCKS else None
