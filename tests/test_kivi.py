@@ -183,6 +183,7 @@ def test_bad_hyperparameters():
     ]:
         with pytest.raises(ConfigError, match=message):
             parse(text)
-    with pytest.raises(ConfigError, match="pages cannot"):
-        Recipe(cache=KIVI(), storage="paged")
+    for storage in ("paged", "offload"):
+        with pytest.raises(ConfigError, match=f"storage='{storage}' cannot"):
+            Recipe(cache=KIVI(), storage=storage)
     assert KIVI() == KIVI(bits=2, value_bits=None, group=32, residual=128)

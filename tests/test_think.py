@@ -337,6 +337,7 @@ def test_bad_hyperparameters():
     ]:
         with pytest.raises(ConfigError, match=message):
             parse(text)
-    with pytest.raises(ConfigError, match="pages cannot"):
-        Recipe(cache=ThinK(), storage="paged")
+    for storage in ("paged", "offload"):
+        with pytest.raises(ConfigError, match=f"storage='{storage}' cannot"):
+            Recipe(cache=ThinK(), storage=storage)
     assert ThinK() == ThinK(ratio=0.4, window=32, tail_size=32, capacity=None)

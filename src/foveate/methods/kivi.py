@@ -48,7 +48,7 @@ class KIVI(Method):
             raise ConfigError(f"kivi: residual expected a multiple of group = {self.group}, got {self.residual}")
 
     def refuses(self, recipe: Any) -> str | None:
-        return "it stores entries quantised, which pages cannot" if recipe.storage == "paged" else None
+        return None if recipe.storage == "dense" else f"it stores entries quantised, which storage={recipe.storage!r} cannot"
 
     def storage(self) -> dict[str, Any]:
         return {

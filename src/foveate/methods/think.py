@@ -50,7 +50,9 @@ class ThinK(Method):
         return self.window
 
     def refuses(self, recipe: Any) -> str | None:
-        return "it stores a part of the key channels, which pages cannot" if recipe.storage == "paged" else None
+        if recipe.storage == "dense":
+            return None
+        return f"it stores a part of the key channels, which storage={recipe.storage!r} cannot"
 
     def storage(self) -> dict[str, Any]:
         return {"kind": "channels", "tail": self.tail_size}
