@@ -195,3 +195,14 @@ def test_recipes_do_not_change():
         recipe.prefill = None
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.prefill.size = 3
+
+
+def test_a_policy_that_keeps_every_entry_does_not_evict():
+    assert not Recipe.of("dense+cache=kivi").evicts and Recipe.of("dense+cache=kivi").decode_only
+    assert Recipe.of("cache=think:capacity=64").evicts and not Recipe.of("cache=think").evicts
+    assert Recipe.of("decode=dsa+cache=kivi").cache.id == "kivi"
+
+
+def test_heads_share_no_layer_with_arithmetic_of_another_kind():
+    with pytest.raises(ConfigError, match="hyperattention computes all heads itself"):
+        Recipe.of("hyperattention+heads=duo_attention")

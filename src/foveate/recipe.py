@@ -47,6 +47,11 @@ class Recipe:
         for option, known in (("compress_at", ("end", "chunk")), ("storage", ("dense", "paged", "offload"))):
             if (value := getattr(self, option)) not in known:
                 raise ConfigError(f"{option}: expected {' or '.join(map(repr, known))}, got {value!r}")
+        if self.heads is not None:
+            for method in (self.prefill, self.decode):
+                if hasattr(method, "attend"):
+                    who = method.id  # type: ignore[union-attr]
+                    raise ConfigError(f"heads: {who} computes all heads itself and cannot leave some to another method")
         for role in (*ROLES, "heads"):
             method = getattr(self, role)
             if method is not None and (why := method.refuses(self)) is not None:
@@ -95,7 +100,8 @@ class Recipe:
 
     @property
     def evicts(self) -> bool:
-        return self.cache is not None and self.cache.id != "dense"  # type: ignore[union-attr]
+        """The cache policy drops entries."""
+        return self.cache is not None and not self.cache.keeps_all  # type: ignore[union-attr]
 
     @property
     def extends(self) -> bool:
@@ -106,7 +112,8 @@ class Recipe:
     def decode_only(self) -> bool:
         """Nothing of this recipe is to be seen in a single forward over a text: that is dense attention."""
         plain = [m is None or m.id == "dense" for m in (self.prefill, self.decode, self.heads)]  # type: ignore[union-attr]
-        return plain[0] and plain[2] and (not plain[1] or self.evicts)
+        stored = self.cache is not None and self.cache.id != "dense"  # type: ignore[union-attr]
+        return plain[0] and plain[2] and (not plain[1] or stored)
 
     def describe(self) -> str:
         """Every role with every hyperparameter."""

@@ -19,6 +19,15 @@ RECIPES = (
     "quest:budget=32,dense_layers=0+cache=snapkv:window=16,capacity=128",
     "minference@8k+quest:budget=64,dense_layers=0",
     "dense+cache=streaming_llm:sink=4,window=100",
+    "streaming_llm:sink=4,window=100",
+    "decode=s2_strided:block=16,local=2,stride=3",
+    "decode=topk_exact:budget=20",
+    "recycled_attention:stride=5",
+    "decode=lserve:page=16,logical=8,budget=64,assign=even",
+    "adamas:budget=64,dense_layers=0,theta=1",
+    "tidal_decode:start=0,reselect=2,budget=64",
+    "decode=token_select:sink=4,local=64,budget=64,chunk=64",
+    "decode=longheads:chunk=32,attention=128,block=32",
 )
 
 

@@ -166,13 +166,16 @@ class ContextCache(Cache):
         out.run, out.broken = dict(self.run), self.broken
         return out
 
-    def save(self, path: str | Path) -> None:
-        """Write the entries to one safetensors file, bound to this model's shape and to the recipe's text."""
+    def save(self, path: str | Path) -> list[str]:
+        """Write the entries to one safetensors file, bound to this model's shape and to the recipe's text.
+
+        Returns the names of what methods remembered that a file cannot hold: they compute it again, or do without.
+        """
         if self.handle is None:
             raise CacheError("save: this cache was not filled under a recipe yet")
         from ..cache import persist
 
-        persist.save(path, [layer.cache for layer in self.layers], self.handle.fingerprint, str(self.handle.recipe))
+        return persist.save(path, [layer.cache for layer in self.layers], self.handle.fingerprint, str(self.handle.recipe))
 
     @staticmethod
     def load(path: str | Path, model: Any) -> ContextCache:

@@ -41,8 +41,6 @@ class ACT(Method):
     source: ClassVar[str] = "Yu et al. 2024, arXiv 2406.15765"
 
     def refuses(self, recipe: Any) -> str | None:
-        if recipe.heads is not None:
-            return "it computes all heads itself and cannot leave some of them to another method"
         return "hidden sinks must stay in the cache, and its policy evicts entries" if recipe.evicts else None
 
     def plan(self, x: AttnInput, state: State) -> Layout:

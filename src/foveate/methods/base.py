@@ -252,6 +252,11 @@ class Method:
         return 0
 
     @property
+    def keeps_all(self) -> bool:
+        """As a cache policy it drops no entry (it may store them otherwise)."""
+        return False
+
+    @property
     def default_roles(self) -> tuple[str, ...]:
         """Roles this method takes in a recipe that names none."""
         return self.roles
@@ -281,8 +286,8 @@ class Method:
         """Which captured decode step serves decode step number `step`, or None: this method's steps are not captured.
 
         Steps of one name run the same kernels on tensors of the same shapes: a plan that looks at nothing but `x.step`
-        and shapes on the host, and keeps what it remembers in tensors of `state.layer`. A method that selects anew every
-        R steps answers "select" and "reuse".
+        and shapes on the host, and keeps what it remembers in tensors of `state.layer` that stay in the same memory. A
+        method that selects anew every R steps answers "select" and "reuse".
         """
         return None
 

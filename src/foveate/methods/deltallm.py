@@ -51,8 +51,6 @@ class DeltaLLM(Method):
         return self.window + 1
 
     def refuses(self, recipe: Any) -> str | None:
-        if recipe.heads is not None:
-            return "it computes all heads itself and cannot leave some of them to another method"
         return "its references follow every key of the text" if recipe.cache is not None else None
 
     def attend(self, x: AttnInput, plan: Layout, state: State) -> tuple[Tensor, Tensor | None, Tensor | None]:

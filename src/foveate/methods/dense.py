@@ -23,6 +23,10 @@ class Dense(Method):
     def default_roles(self) -> tuple[str, ...]:
         return ("prefill", "decode")  # a cache that keeps everything is what a recipe has without a policy
 
+    @property
+    def keeps_all(self) -> bool:
+        return True
+
     def phase(self, step: int) -> str | None:
         return "step"
 

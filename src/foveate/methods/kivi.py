@@ -47,6 +47,10 @@ class KIVI(Method):
         if self.residual % self.group:
             raise ConfigError(f"kivi: residual expected a multiple of group = {self.group}, got {self.residual}")
 
+    @property
+    def keeps_all(self) -> bool:
+        return True
+
     def refuses(self, recipe: Any) -> str | None:
         return None if recipe.storage == "dense" else f"it stores entries quantised, which storage={recipe.storage!r} cannot"
 

@@ -80,7 +80,7 @@ class SpargeAttn(Method):
         """(cdf, theta) of this layer: numbers, or from the profile one for each head `[H, 1, 1]`."""
         if (found := of(self.id, self.profile)) is None:
             return self.cdf, self.theta
-        key = f"spargeattn.profile {self.profile}"
+        key = f"spargeattn.profile {self.profile} {x.device}"
         if key not in state.run:  # once per run: a copy to the device may wait for it
             state.run[key] = [t.to(x.device)[..., None, None] for t in self._profiled(found, [x.layers, x.q.shape[1]])]
         cdf, theta = state.run[key]

@@ -49,6 +49,10 @@ class ThinK(Method):
     def tail(self) -> int:
         return self.window
 
+    @property
+    def keeps_all(self) -> bool:
+        return self.capacity is None
+
     def refuses(self, recipe: Any) -> str | None:
         if recipe.storage == "dense":
             return None
