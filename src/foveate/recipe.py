@@ -51,7 +51,9 @@ class Recipe:
             for method in (self.prefill, self.decode):
                 if hasattr(method, "attend"):
                     who = method.id  # type: ignore[union-attr]
-                    raise ConfigError(f"heads: {who} computes all heads itself and cannot leave some to another method")
+                    raise ConfigError(
+                        f"heads: {who} computes all heads itself and cannot leave some of them to another method"
+                    )
         for role in (*ROLES, "heads"):
             method = getattr(self, role)
             if method is not None and (why := method.refuses(self)) is not None:
