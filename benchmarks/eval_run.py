@@ -51,6 +51,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens", type=int, default=400_000, help="tokens of a batch")
+    parser.add_argument(
+        "--every", action="store_true", help="also tasks that dense fails: those of longer texts than it reads"
+    )
     parser.add_argument("--beyond", action="store_true", help="lengths beyond the model's positions")
     parser.add_argument("--join", nargs="*", type=Path, help="gather these folders into --out and stop")
     args = parser.parse_args()
@@ -90,6 +93,8 @@ def main() -> None:
             f"{c.suite}/{c.task}" for c in cells(Results.load(args.out))
             if c.length == length and c.recipe == "dense" and c.protocol == "seen" and c.mean >= COUNTS
         ]  # fmt: skip
+        if args.every:
+            good = wanted
         print(f"{length}: dense does {', '.join(good) or 'nothing'}", flush=True)
         evicting = ["dense", *(r for r in recipes if Recipe.of(r).evicts)]
         for task in (t for t in wanted if t in good):
