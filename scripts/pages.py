@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import pictures  # noqa: E402
 
+from foveate.bench.tables import compare_table  # noqa: E402
 from foveate.catalogue import SERVES, Entry, entry, shown  # noqa: E402
 from foveate.evals.frontier import COLUMNS, dense_of, load_summary, points_of  # noqa: E402
 from foveate.evals.pareto import Point  # noqa: E402
@@ -55,7 +56,7 @@ def measured(name: str, found: dict[str, dict[str, Any]]) -> list[str]:
             if any(names(r["recipe"], name) for r in rows):
                 facts = data["facts"]
                 where = ", ".join(str(facts[k]) for k in ("model", "prompt", "dtype", "device", "date") if facts.get(k))
-                parts += [f"### {stem}", f"`foveate compare`: {where}.", _compared(rows)]
+                parts += [f"### {stem}", f"`foveate compare`: {where}.", compare_table(rows)]
         else:
             parts += _timed(name, stem, data)
     return parts
@@ -86,22 +87,6 @@ def _points(own: list[Point]) -> str:
         "| ---: | --- |" + " ---: |" * len(used),
     ]
     lines += [f"| {p.length:,} | `{p.recipe}` | {' | '.join(row[i] for i in used)} |" for p, row in zip(own, cells)]
-    return "\n".join(lines)
-
-
-def _compared(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| recipe | first token | decode | computed in prefill | KV memory | KL to dense |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for r in rows:
-        if r["error"]:
-            lines.append(f"| `{r['recipe']}` | did not run: {r['error']} | | | | |")
-            continue
-        lines.append(
-            f"| `{r['recipe']}` | {r['first_token']:.2f} s | {r['tokens_per_second']:.1f}/s | {r['prefill_computed']:.0%} | "
-            f"{r['kv_bytes'] / 2**20:.0f} MiB | {r['kl']:.3f} |"
-        )
     return "\n".join(lines)
 
 

@@ -74,6 +74,8 @@ def methods_table() -> str:
 
 def figures(found: dict[str, dict[str, Any]]) -> str:
     """The figures README shows, each straight from a row of a result file."""
+    from foveate.bench.tables import compare_table
+
     out = []
     if (demo := found.get("cpu_compare")) is not None:
         facts, rows = demo["facts"], demo["rows"]
@@ -163,23 +165,6 @@ def backward_table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def compare_table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| recipe | first token | decode | computed in prefill | KV memory | KL to dense | mass kept | holds the fact |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        if r["error"]:
-            lines.append(f"| `{r['recipe']}` | did not run: {r['error']} | | | | | | |")
-            continue
-        lines.append(
-            f"| `{r['recipe']}` | {r['first_token']:.1f} s | {r['tokens_per_second']:.1f}/s | {r['prefill_computed']:.0%} | "
-            f"{r['kv_bytes'] / 2**20:.0f} MiB | {r['kl']:.3f} | {r['mass']:.0%} / {r['decode_mass']:.0%} | "
-            f"{'yes' if r['answered'] else 'no'} |"
-        )
-    return "\n".join(lines)
-
-
 def bench_title(bench: dict[str, Any]) -> str:
     p = bench["rows"][0]["params"] | bench.get("facts", {})
     facts = ", ".join(f"{k} {v}" for k, v in p.items() if k in ("model", "tokens", "dtype"))
@@ -218,7 +203,7 @@ def blocks_table(data: dict[str, Any]) -> str:
 
 # ---------------------------------------------------------------------- BENCHMARKS.md
 def benchmarks(found: dict[str, dict[str, Any]], figures: Iterable[Path]) -> str:
-    from foveate.bench.tables import prefill_table
+    from foveate.bench.tables import compare_table, prefill_table
     from foveate.evals.frontier import markdown
 
     parts = [

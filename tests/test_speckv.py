@@ -15,8 +15,7 @@ from foveate.methods.speckv import PROMPT, SEEN, SpecKV
 from foveate.methods.specpc import PROMPT as PC_PROMPT
 from foveate.methods.specpc import SCORE, SpecPC
 from foveate.scores import keys
-from foveate.scores.lookahead import row_mass
-from foveate.scores.window import group_reduce, window_mass
+from foveate.scores.window import group_reduce, row_mass, window_mass
 from foveate.speculate.draft import _cache
 from tests.drive import Drive, oracle, qkv
 from tests.fidelity import CASES

@@ -31,6 +31,24 @@ def prefill_table(data: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def compare_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `foveate compare`, as its JSON has them."""
+    lines = [
+        "| recipe | first token | decode | computed in prefill | KV memory | KL to dense | mass kept | holds the fact |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        if r["error"]:
+            lines.append(f"| `{r['recipe']}` | did not run: {r['error']} | | | | | | |")
+            continue
+        lines.append(
+            f"| `{r['recipe']}` | {r['first_token']:.1f} s | {r['tokens_per_second']:.1f}/s | {r['prefill_computed']:.0%} | "
+            f"{r['kv_bytes'] / 2**20:.0f} MiB | {r['kl']:.3f} | {r['mass']:.0%} / {r['decode_mass']:.0%} | "
+            f"{'yes' if r['answered'] else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
 def _mass(row: dict[str, Any]) -> float:
     """For the order of rows: dense first, what has no share of dense's mass last."""
     mass = float(row["params"].get("mass", 2.0))

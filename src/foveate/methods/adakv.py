@@ -8,15 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..lists import compact, trim
-from ..scores.votes import window_votes
 from ..select import top_k
-from .base import AttnInput, Method, Selection, State, option
+from ._voting import Voting
+from .base import AttnInput, Selection, State, option
 
 
 @dataclass(frozen=True)
-class AdaKV(Method):
+class AdaKV(Voting):
     """Feng et al. 2024, "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference"
     (arXiv 2407.11550).
 
@@ -48,39 +47,13 @@ class AdaKV(Method):
         "longbench": {"window": 8},
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kernel % 2 == 0:
-            raise ConfigError(f"adakv: kernel expected an odd number, got {self.kernel}")
-        if self.capacity < self.window + self.sink:
-            raise ConfigError(
-                f"adakv: capacity expected at least window + sink = {self.window + self.sink}, got {self.capacity}"
-            )
-
-    @property
-    def tail(self) -> int:
-        return self.window
-
     def compress(self, x: AttnInput, state: State) -> Selection | None:
         length = x.kv.lengths()
         if x.kv.capacity <= self.capacity or int(length.sum()) <= self.capacity * x.groups:
             return None
-        if x.q.shape[2] == 0:
-            x.note("adakv: no prompt queries were saved with this cache; every entry is kept")
+        if (votes := self.votes(x)) is None:
             return None
-        assert x.q_pos is not None
-        score, recent = window_votes(
-            x.q,
-            x.kv,
-            x.q_pos,
-            self.window,
-            kernel=self.kernel,
-            pooling=self.pooling,
-            reduce=self.reduce,
-            scale=x.scale,
-            softcap=x.softcap,
-        )
-        exists = x.kv.exists()
+        (score, recent), exists = votes, x.kv.exists()
         sinks = exists & ~recent & (x.kv.positions() < self.sink)
         budget = share_out(
             score, self.capacity - self.window, self.floor, valid=exists & ~recent, forced=sinks, weigh=self.weigh

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import ConfigError
 from ..lists import compact, trim
-from ..scores.votes import window_votes
 from ..select import top_k
-from .base import AttnInput, Method, Selection, State, option
+from ._voting import Voting
+from .base import AttnInput, Selection, State, option
 
 
 @dataclass(frozen=True)
-class PyramidKV(Method):
+class PyramidKV(Voting):
     """Cai et al. 2024, "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling" (arXiv
     2406.02069).
 
@@ -45,19 +44,6 @@ class PyramidKV(Method):
         "class": {"window": 64, "kernel": 5, "pooling": "avg"},
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kernel % 2 == 0:
-            raise ConfigError(f"pyramidkv: kernel expected an odd number, got {self.kernel}")
-        if self.capacity < self.window + self.sink:
-            raise ConfigError(
-                f"pyramidkv: capacity expected at least window + sink = {self.window + self.sink}, got {self.capacity}"
-            )
-
-    @property
-    def tail(self) -> int:
-        return self.window
-
     def budgets(self, layers: int, length: int) -> list[int]:
         """Entries before the window that each layer keeps of a prompt of `length` tokens, never rising.
 
@@ -81,22 +67,9 @@ class PyramidKV(Method):
         budget = self.window + self.budgets(x.layers, seen)[x.layer]
         if int(x.kv.lengths().max()) <= budget:
             return None
-        if x.q.shape[2] == 0:
-            x.note("pyramidkv: no prompt queries were saved with this cache; every entry is kept")
+        if (votes := self.votes(x)) is None:
             return None
-        assert x.q_pos is not None
-        score, recent = window_votes(
-            x.q,
-            x.kv,
-            x.q_pos,
-            self.window,
-            kernel=self.kernel,
-            pooling=self.pooling,
-            reduce=self.reduce,
-            scale=x.scale,
-            softcap=x.softcap,
-        )
-        exists = x.kv.exists()
+        (score, recent), exists = votes, x.kv.exists()
         keep = exists & (recent | (x.kv.positions() < self.sink))
         index, count = compact(top_k(score, budget, valid=exists, forced=keep))
         return Selection(trim(index, count).long(), count.long())

@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from ..errors import ConfigError
 from ..lists import compact, trim
-from ..scores.window import group_reduce, pool, window_mass
 from ..select import top_k
-from .base import AttnInput, Method, Selection, State, option
+from ._voting import Voting
+from .base import AttnInput, Selection, State, option
 
 
 @dataclass(frozen=True)
-class SnapKV(Method):
+class SnapKV(Voting):
     """Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation" (arXiv 2404.14469).
 
     The attention of the last `window` queries is summed over them, reduced over the query heads of a group, pooled
@@ -41,32 +38,13 @@ class SnapKV(Method):
         "longbench": {"window": 32, "capacity": 2048, "kernel": 7, "pooling": "max"},
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kernel % 2 == 0:
-            raise ConfigError(f"snapkv: kernel expected an odd number, got {self.kernel}")
-        if self.capacity < self.window + self.sink:
-            raise ConfigError(
-                f"snapkv: capacity expected at least window + sink = {self.window + self.sink}, got {self.capacity}"
-            )
-
-    @property
-    def tail(self) -> int:
-        return self.window
-
     def compress(self, x: AttnInput, state: State) -> Selection | None:
         length = x.kv.lengths()
         if int(length.max()) <= self.capacity:
             return None
-        if x.q.shape[2] == 0:
-            x.note("snapkv: no prompt queries were saved with this cache; every entry is kept")
+        if (votes := self.votes(x)) is None:
             return None
-        assert x.q_pos is not None
-        exists = x.kv.exists()
-        recent = exists & (torch.arange(x.kv.capacity, device=x.device) >= length[..., None] - self.window)
-        mass = window_mass(x.q, x.kv, x.q_pos, scale=x.scale, softcap=x.softcap, exclude=recent)
-        votes = group_reduce(mass, x.groups, self.reduce)
-        score = pool(votes, self.kernel, self.pooling)
-        keep = recent | (x.kv.positions() < self.sink)
-        index, count = compact(top_k(score, self.capacity, valid=exists, forced=keep & exists))
+        (score, recent), exists = votes, x.kv.exists()
+        keep = exists & (recent | (x.kv.positions() < self.sink))
+        index, count = compact(top_k(score, self.capacity, valid=exists, forced=keep))
         return Selection(trim(index, count).long(), count.long())

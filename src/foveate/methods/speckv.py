@@ -12,8 +12,7 @@ from torch.nn.functional import pad
 from ..errors import ConfigError
 from ..layout import Layout
 from ..lists import compact, trim
-from ..scores.lookahead import row_mass
-from ..scores.window import group_reduce, pool
+from ..scores.window import group_reduce, pool, row_mass
 from ..select import top_k
 from .base import AttnInput, Method, Selection, State, option
 

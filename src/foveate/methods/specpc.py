@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from ..errors import ConfigError
-from ..scores.lookahead import row_mass
+from ..scores.window import row_mass
 from .base import AttnInput, Method, State, option
 
 PROMPT, SCORE = "specpc.prompt", "specpc.score"

@@ -1,6 +1,7 @@
-"""Attention mass of an observation window: how much the last queries of a prompt look at each key.
+"""Attention mass of chosen rows: how much the last queries of a prompt, or a draft's guess, look at each key.
 
-Li et al. 2024, "SnapKV: LLM Knows What You Are Looking For Before Generation" (arXiv 2404.14469).
+Li et al. 2024, "SnapKV: LLM Knows What You Are Looking For Before Generation" (arXiv 2404.14469); Galim et al. 2025,
+"Draft-based Approximate Inference for LLMs" (arXiv 2506.08373).
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ from ..lists import repeat_heads
 from .keys import pieces, read_keys
 
 
-def window_mass(
+def row_mass(
     q: Tensor,
     kv: KV,
     q_pos: Tensor,
     *,
+    reduce: str,
+    weight: Tensor | None = None,
     scale: float,
     softcap: float | None = None,
     lse: Tensor | None = None,
-    exclude: Tensor | None = None,
 ) -> Tensor:
-    """Probability each entry receives from the rows of q, summed over them: fp32 `[B, H, M]`.
+    """Probability each entry receives from a row of q, reduced over the rows: fp32 `[B, H, M]`.
 
-    The softmax of a row runs over all entries it sees (position <= its own), also over those in `exclude`.
+    The softmax of a row runs over all entries it sees (position <= its own). Keys are read piece by piece, twice where the
+    scores of all keys do not fit at once; nothing waits for the device.
 
     Args:
-        q: `[B, H, w, D]`, the last queries. q_pos: int `[B, w]`, their text positions.
+        q: `[B, H, w, D]`. kv: a view of M entries; `kv.bias` is part of the logit. q_pos: int `[B, w]`, text positions.
+        reduce: "max" or "sum" over the rows (a mean is the sum divided by w).
+        weight: float `[w]`, what each row's probabilities are multiplied with first.
         lse: `[B, H, w]` over all visible entries where attention has returned it; computed here otherwise.
-        exclude: bool `[B, G, M]`, entries whose mass is reported as 0.
     """
     b, h, w, _ = q.shape
     exists, pos, keys = kv.exists(), kv.positions(), read_keys(kv, 0, kv.shape[1])
@@ -51,8 +55,30 @@ def window_mass(
     if lse is None:
         lse = torch.stack([s.logsumexp(-1) for s in held or (logits(*r) for r in ranges)]).logsumexp(0)
     top = torch.where(torch.isfinite(lse), lse.float(), 0.0)[..., None]  # rows that see nothing give nothing
-    out = torch.cat([(s - top).exp().sum(2) for s in held or (logits(*r) for r in ranges)], -1)
-    return out if exclude is None else out.masked_fill(repeat_heads(exclude, h), 0.0)
+    out = []
+    for s in held or (logits(*r) for r in ranges):
+        p = (s - top).exp()
+        p = p if weight is None else p * weight.to(p)[:, None]
+        out.append(p.amax(2) if reduce == "max" else p.sum(2))
+    return torch.cat(out, -1)
+
+
+def window_mass(
+    q: Tensor,
+    kv: KV,
+    q_pos: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    lse: Tensor | None = None,
+    exclude: Tensor | None = None,
+) -> Tensor:
+    """`row_mass` summed over the rows of an observation window: fp32 `[B, H, M]`.
+
+    exclude: bool `[B, G, M]`, entries whose mass is reported as 0; rows see them none the less.
+    """
+    out = row_mass(q, kv, q_pos, reduce="sum", scale=scale, softcap=softcap, lse=lse)
+    return out if exclude is None else out.masked_fill(repeat_heads(exclude, q.shape[1]), 0.0)
 
 
 def group_reduce(score: Tensor, groups: int, how: str) -> Tensor:
