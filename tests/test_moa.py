@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from foveate.errors import ConfigError
 from foveate.kv import KV
-from foveate.methods import _spans
-from foveate.methods._spans import assign, by_distance, candidates, density, front, influence
+from foveate.methods import moa_search
 from foveate.methods.base import AttnInput
 from foveate.methods.moa import MoA
+from foveate.methods.moa_search import assign, by_distance, candidates, density, front, influence
 from foveate.methods.search import Target
 from foveate.profile import Profile
 from foveate.registry import parse
@@ -199,7 +199,7 @@ def test_influence_in_pieces_and_with_a_dominant_key(monkeypatch):
     want = influence(q, KV.dense(k, v), grad, 16, scale=0.25)
     from foveate.scores.keys import pieces
 
-    monkeypatch.setattr(_spans, "pieces", lambda n, cost: pieces(n, cost, 1))
+    monkeypatch.setattr(moa_search, "pieces", lambda n, cost: pieces(n, cost, 1))
     torch.testing.assert_close(influence(q, KV.dense(k, v), grad, 16, scale=0.25), want, atol=1e-5, rtol=1e-4)
     loud = influence((q * 200).bfloat16(), KV.dense(k.bfloat16(), v.bfloat16()), grad.bfloat16(), 16, scale=0.25)
     assert loud.dtype == torch.float32 and bool(torch.isfinite(loud).all())
@@ -264,7 +264,7 @@ def test_thinning_keeps_the_bound(monkeypatch):
     dens = torch.stack([density(rules, n, 16, 16) for n in (500, 1000, 2000, 4000)], -1)
     loss = (torch.rand(3, 3, 1, generator=gen) * (1 - dens.mean(1)) ** (1 + 3 * torch.rand(3, 3, 1, generator=gen))).double()
     fine = assign(loss, dens, 0.5, 2)
-    monkeypatch.setattr(_spans, "STATES", 8)
+    monkeypatch.setattr(moa_search, "STATES", 8)
     rough = assign(loss, dens, 0.5, 2)
     a, b = (float(loss.gather(-1, c[..., None]).sum()) for c in (fine, rough))
     assert all((dens[c].mean((0, 1)) <= 0.5 + 1e-9).all() for c in (fine, rough))

@@ -12,10 +12,10 @@ import torch
 
 from foveate.errors import ConfigError, UnsupportedError
 from foveate.kv import KV
-from foveate.methods._gates import GRID, _targets, distil
 from foveate.methods.base import AttnInput, State
 from foveate.methods.search import Target
 from foveate.methods.seerattention import SeerAttention
+from foveate.methods.seerattention_search import GRID, _targets, distil
 from foveate.profile import Profile, load
 from foveate.registry import parse
 from foveate.scores.gates import Gate, block_map, key_features, query_means

@@ -42,7 +42,7 @@ def compare_table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| `{r['recipe']}` | did not run: {r['error']} | | | | | | |")
             continue
         lines.append(
-            f"| `{r['recipe']}` | {r['first_token']:.1f} s | {r['tokens_per_second']:.1f}/s | {r['prefill_computed']:.0%} | "
+            f"| `{r['recipe']}` | {r['first_token']:.2f} s | {r['tokens_per_second']:.1f}/s | {r['prefill_computed']:.0%} | "
             f"{r['kv_bytes'] / 2**20:.0f} MiB | {r['kl']:.3f} | {r['mass']:.0%} / {r['decode_mass']:.0%} | "
             f"{'yes' if r['answered'] else 'no'} |"
         )

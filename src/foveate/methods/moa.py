@@ -16,7 +16,7 @@ from ..lists import compact, trim
 from .base import AttnInput, Method, Selection, State, option
 
 if TYPE_CHECKING:
-    from ._spans import Spans
+    from .moa_search import Spans
     from .search import Target
 
 RULES, STEPS = "moa.rules", "moa.steps"
@@ -57,7 +57,7 @@ class MoA(Method):
     presets: ClassVar[dict[str, dict[str, Any]]] = {"8k": {"density": 0.25}}
 
     def search(self, target: Target) -> Spans:
-        from ._spans import Spans
+        from .moa_search import Spans
 
         return Spans(self, target)
 

@@ -20,8 +20,8 @@ from ..scores.pooled import block_logits, block_softmax
 from .base import AttnInput, Method, State, option
 
 if TYPE_CHECKING:
-    from ._gates import Distillation
     from .search import Target
+    from .seerattention_search import Distillation
 
 FEATURES, GATE = "seerattention.keys", "seerattention.gate"
 THRESHOLD = 5e-4  # the lower end of the range the authors evaluate
@@ -74,7 +74,7 @@ class SeerAttention(Method):
         return (4 if self.last_block_dense else 2) * self.block + 1
 
     def search(self, target: Target) -> Distillation:
-        from ._gates import Distillation
+        from .seerattention_search import Distillation
 
         return Distillation(self, target)
 
