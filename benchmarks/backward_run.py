@@ -1,11 +1,14 @@
-"""Checks and times the Triton backward pass on a GPU against cuDNN, FlashAttention-2 and FlashAttention-4.
+"""Checks and times our backward pass over block lists on a GPU against cuDNN, FlashAttention-2 and FlashAttention-4.
 
-    python benchmarks/backward_run.py [--out FILE.json] [--only TEXT] [--rounds 3] [--rep 40] [--budget 110]
+    python benchmarks/backward_run.py [--out FILE.json] [--only TEXT] [--rounds 3] [--rep 40] [--budget 110] [--plain]
 
-One process, implementations interleaved, L2 flushed before every sample (`triton.testing.do_bench`). Every time is that
-of gradients alone, from saved out and lse. TFLOP/s count 10 D operations for each kept pair (five products), half of a
-diagonal block. "ours" makes the inverse lists as a training step would; "ours, lists" times those alone; "dq" and
-"dkdv" time the two passes with every configuration tried. A new case begins while `--budget` seconds last.
+One process, implementations interleaved, every second round backwards, L2 flushed before every sample
+(`triton.testing.do_bench`). Every time is that of gradients alone, from saved out and lse. TFLOP/s count 10 D operations
+for each kept pair (five products), half of a diagonal block. "ours" is what `attend` runs and makes the inverse lists as
+a training step would; "triton" is the same without the Gluon kernel; "ours, lists" times the lists alone; "dq" and
+"dkdv" time the two passes with every configuration tried (`--plain` leaves them out). "fa4" is FlashAttention-4 on lists
+made beforehand and inputs as it likes them, "fa4 attend" the backend `fa4` as `attend` runs it, "fa4, lists" the
+transposed lists alone. `--flex` adds compiled FlexAttention. A new case begins while `--budget` seconds last.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from foveate.bench import results  # noqa: E402
-from foveate.kernels import dispatch  # noqa: E402
+from foveate.bench import peers, results  # noqa: E402
+from foveate.kernels import dispatch, fa4  # noqa: E402
 from foveate.kernels.base import Want  # noqa: E402
 from foveate.kernels.triton import backward as bw  # noqa: E402
 from foveate.kv import KV  # noqa: E402
@@ -33,6 +36,7 @@ from foveate.layout import Layout  # noqa: E402
 B, H, G, D = 1, 32, 8, 128
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
+PLAIN = False  # leave out the passes by themselves
 
 S = bw.Steps
 DQ = {  # rows, keys, warps, stages
@@ -59,9 +63,9 @@ class Case:
         return f"{self.n // 1024}K w{self.width} keep {self.keep:g}"
 
 
-CASES = [
+CASES = [  # densities 0.065, 1, 0.26, 0.11 and 0.05, then with 64 keys 0.06, 0.26 and 0.11
     Case(32768, 128, 0.05, True), Case(32768, 128, 1.0, True), Case(32768, 128, 0.25), Case(32768, 128, 0.1),
-    Case(32768, 64, 0.05, True), Case(32768, 64, 0.25), Case(32768, 64, 0.1),
+    Case(32768, 128, 0.035), Case(32768, 64, 0.05, True), Case(32768, 64, 0.25), Case(32768, 64, 0.1),
 ]  # fmt: skip
 
 
@@ -146,6 +150,14 @@ def ours(p: Problem):
     return lambda: bw.backward(p.dout, p.dlse, p.q, p.kv, p.layout, p.out, p.lse, scale=p.scale, softcap=0.0)[:3]
 
 
+def triton_alone(p: Problem):
+    """Ours without the Gluon kernel for the pass over keys."""
+    tiles = bw.config(p.q, D, p.case.width)
+    return lambda: bw.backward(
+        p.dout, p.dlse, p.q, p.kv, p.layout, p.out, p.lse, scale=p.scale, softcap=0.0, tiles=tiles
+    )[:3]  # fmt: skip
+
+
 def through_autograd(p: Problem, forward):
     """Gradients of a differentiable call, its forward made once."""
     q, k, v = (t.detach().requires_grad_() for t in (p.q, p.k, p.v))
@@ -181,36 +193,31 @@ def fa4_dense(p: Problem):
     return call
 
 
-def fa4_lists(p: Problem):
-    """FlashAttention-4 on the same lists; its backward walks lists of query blocks per key block and query head."""
-    import cutlass.cute as cute
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-    from flash_attn.cute.interface import _flash_attn_bwd
+def peer(name: str):
+    """A peer on lists made beforehand."""
 
-    @cute.jit
-    def causal(b, h, m, n, info, aux):
-        return n <= m
+    def build(p: Problem):
+        make = peers.build(name, p.q, p.k, p.v, p.layout).gradients
+        if make is None:
+            raise RuntimeError("it has no backward pass")
+        return make(p.dout)
 
-    def pack(mask):
-        order = torch.argsort(mask[None].to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
-        return mask[None].sum(-1).to(torch.int32).contiguous(), order.contiguous()
+    return build
 
-    part_count, part = pack((p.mask & p.diagonal).transpose(1, 2))
-    full_count, full = pack((p.mask & ~p.diagonal).transpose(1, 2))
-    blocks = BlockSparseTensorsTorch(
-        mask_block_cnt=part_count, mask_block_idx=part, full_block_cnt=full_count, full_block_idx=full,
-        block_size=(128, p.case.width),
-    )  # fmt: skip
-    q, k, v, out, dout = (t.transpose(1, 2).contiguous() for t in (p.q, p.k, p.v, p.out, p.dout))
+
+def fa4_attend(p: Problem):
+    """The backend `fa4` with the lists made anew, as `attend` calls it, its questions included."""
+    if (why := fa4.backward_supports(p.q, p.kv, p.layout, 0.0)) is not None:
+        raise RuntimeError(why)
 
     def call():
-        grads = _flash_attn_bwd(q, k, v, out, dout, p.lse, mask_mod=causal, block_sparse_tensors=blocks)
-        return tuple(t.transpose(1, 2) for t in grads[:3])
+        fa4.backward_supports(p.q, p.kv, p.layout, 0.0)
+        return fa4.backward(p.dout, p.dlse, p.q, p.kv, p.layout, p.out, p.lse, scale=p.scale, softcap=0.0)[:3]
 
     return call
 
 
-LISTS = {"ours": ours, "fa4": fa4_lists}
+LISTS = {"ours": ours, "triton": triton_alone, "fa4": peer("fa4"), "fa4 attend": fa4_attend}
 DENSE = {"cudnn": sdpa("CUDNN_ATTENTION"), "flash": sdpa("FLASH_ATTENTION"), "fa4 dense": fa4_dense}
 
 
@@ -221,6 +228,10 @@ def parts(p: Problem):
     work = bw.Work(p.q, p.kv, p.layout, p.scale, base)
     work.queries(p.dout, p.dlse, p.out, p.lse)
     made = {"ours, lists": (work.inverse, None)}
+    if p.case.width == 128 and fa4.missing() is None:
+        made["fa4, lists"] = (lambda: fa4.backward_lists(p.layout), None)
+    if PLAIN:
+        return made
     for name, steps in (DQ if p.case.tune else {"default": base.dq}).items():
         one = bw.Work(p.q, p.kv, p.layout, p.scale, bw.Config(steps, base.dkdv))
         made[f"dq {name}"] = (lambda w=one: w.queries(p.dout, p.dlse, p.out, p.lse), 3)
@@ -269,7 +280,7 @@ def measure(case: Case, rounds: int, rep: int) -> list[results.Row]:
             calls[name], products[name], errors[name] = call, share, None
     times: dict[str, list[float]] = {name: [] for name in calls}
     for r in range(rounds):
-        for name, call in calls.items():
+        for name, call in list(calls.items())[:: 1 if r % 2 == 0 else -1]:
             if r == 0 or not name.startswith(("dq", "dkdv")):
                 times[name].append(do_bench(call, warmup=10, rep=rep, quantiles=[0.5]))
     dense = case.n * (case.n + 1) / 2 * H
@@ -297,7 +308,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rep", type=int, default=40, help="milliseconds of samples a round")
     parser.add_argument("--budget", type=float, default=110, help="seconds after which no further case begins")
+    parser.add_argument("--plain", action="store_true", help="no passes by themselves")
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too; it compiles for about a minute")
     args = parser.parse_args()
+    global PLAIN
+    PLAIN = args.plain
+    if args.flex:
+        LISTS["flex"] = peer("flex")
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device")
     start = time.time()

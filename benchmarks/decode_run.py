@@ -47,6 +47,9 @@ class Layer:
     bounds: Bounds
     score: Tensor
     layout: Any
+    new: Tensor  # [B, G, 1, D]
+    counts: Tensor  # int32 [2, B, G]: entries stored, entries that the bounds cover
+    seen: Tensor
 
 
 def layers(b: int, n: int, page: int, count: int, k: Tensor, v: Tensor) -> list[Layer]:
@@ -61,7 +64,9 @@ def layers(b: int, n: int, page: int, count: int, k: Tensor, v: Tensor) -> list[
         layout = method(page).plan(x, state)
         bounds = state.layer["quest.bounds"]
         score = kernels.score(q, bounds.data, -(-n // page), page, length, group=True)
-        out.append(Layer(q, kv, x, state, bounds, score, layout))
+        new, counts = torch.randn(b, G, 1, D, device="cuda", dtype=k.dtype), torch.stack([length, length])
+        seen = torch.full((b,), n, device="cuda")
+        out.append(Layer(q, kv, x, state, bounds, score, layout, new, counts, seen))
     return out
 
 
@@ -77,6 +82,25 @@ def calls(x: Layer, page: int) -> dict[str, Step]:
         x.bounds.len.sub_(1)  # type: ignore[union-attr]  # one entry is new in every replay: a launch more than a model has
         return foveate.attend(x.q, x.kv, quest.plan(x.x, x.state))
 
+    def append() -> None:  # writes over the last entry: one launch more than a model has
+        x.counts.sub_(1)
+        kernels.append(x.new, x.new, x.kv.k, x.kv.v, x.counts[0], x.seen, (x.bounds.data, x.counts[1], page))
+
+    def whole() -> Tensor:
+        append()
+        x.bounds.joined(x.kv.len)
+        out = foveate.attend(x.q, x.kv, quest.plan(x.x, x.state))
+        x.bounds._fresh = None
+        return out
+
+    def scatter() -> None:  # what a fixed store does without the kernel, update aside
+        at = x.counts[0][..., None].sub(1).long()
+        x.kv.k.scatter_(2, at[..., None].expand_as(x.new), x.new)
+        x.kv.v.scatter_(2, at[..., None].expand_as(x.new), x.new)
+        x.counts.add_(0)
+        x.seen.add_(0)
+        x.counts[0].clone()
+
     def update() -> None:
         x.bounds.len.sub_(1)  # type: ignore[union-attr]
         x.bounds.update(x.kv)
@@ -84,6 +108,9 @@ def calls(x: Layer, page: int) -> dict[str, Step]:
     n = x.kv.capacity
     return {
         "quest": step,
+        "quest with append": whole,
+        "quest: append": append,
+        "quest: scatter": scatter,
         "quest: update": update,
         "quest: score": lambda: kernels.score(x.q, x.bounds.data, -(-n // page), page, x.kv.len, group=True),
         "quest: select": lambda: kernels.select(x.score, BUDGET // page, page, x.kv.len),
@@ -111,6 +138,9 @@ def moved(name: str, b: int, n: int, page: int) -> int:
     parts = {"score": score, "select": select, "attend": attend, "update": update}
     if name == "quest":
         return sum(parts.values())
+    parts |= {"scatter": lists * 4 * D * size, "append": update + lists * 4 * D * size}
+    if name == "quest with append":
+        return score + select + attend + parts["append"]
     return parts[name.removeprefix("quest: ")] if name.startswith("quest") else 2 * lists * n * D * size
 
 
@@ -233,9 +263,11 @@ def variants(these: list[Layer], page: int, b: int, n: int, rounds: int) -> None
                 (32, 8, 6, 4), (128, 4, 2, 4), (128, 4, 2, 8), (64, 32, 4, 4),
             )
         ],
+        "quest: select": [dict(PER_WARP=p) for p in (256, 512, 1024, 2048)],
         "quest: attend": [dict(SHARE=s, MORE=m) for s, m in ((2, 0), (4, 0), (8, 0), (2, 1), (3, 1), (4, 1), (2, 3))],
     }  # fmt: skip
-    graphs, before = {}, {name: getattr(kernels, name) for name in ("PAGES", "STEPS", "STAGES", "WARPS", "SHARE", "MORE")}
+    knobs = ("PAGES", "STEPS", "STAGES", "WARPS", "SHARE", "MORE", "PER_WARP")
+    graphs, before = {}, {name: getattr(kernels, name) for name in knobs}
     for name, options in tries.items():
         for option in options:
             try:

@@ -21,12 +21,15 @@ from foveate.bench import results
 from foveate.bench.results import Row
 from foveate.kernels.triton import estimate_launch as kernels
 from foveate.kv import KV
+from foveate.methods.anchor_attention import AnchorAttention
 from foveate.methods.base import AttnInput, State
 from foveate.methods.flexprefill import FlexPrefill
+from foveate.methods.hip import HiP
 from foveate.methods.minference import MInference
+from foveate.methods.sale import SALE
 from foveate.methods.spargeattn import SpargeAttn
 from foveate.methods.xattention import XAttention
-from foveate.scores import antidiagonal, fused, pooled, probes, similarity
+from foveate.scores import antidiagonal, fused, pooled, probes, similarity, votes
 
 H, G, D = 32, 8, 128
 PLANS = {
@@ -34,9 +37,17 @@ PLANS = {
     "minference block_sparse": MInference(pattern="block_sparse"),
     "flexprefill": FlexPrefill(),
     "flexprefill all pairs": FlexPrefill(tau=10.0),
+    "hip": HiP(dense_layers=0),
+    "hip, a list per kv head": HiP(dense_layers=0, share="group"),
+    "anchor_attention": AnchorAttention(),
+    "anchor_attention, a list per kv head": AnchorAttention(share="group"),
+    "sale": SALE.make("8k"),
+    "sale, a list per kv head": SALE.make("8k", share="group"),
     "xattention": XAttention(),
     "spargeattn": SpargeAttn.make("8k"),
 }
+SLOW, LONG = ("plan of hip", "plan of sale"), 32768  # plans that take seconds in plain PyTorch: only up to this length
+WAITS = ("plan of sale", "plan of anchor_attention")  # beyond that length they ask for their longest list: no graph
 Call = Callable[[], Any]
 
 
@@ -67,6 +78,11 @@ def estimators(x: AttnInput) -> dict[str, Call]:
     def antidiagonals() -> Any:
         return [p.mass for p in antidiagonal.block_mass(x.q, x.kv, 16, 128, start=0, scale=x.scale)]
 
+    def window_votes() -> Any:
+        how: dict[str, Any] = dict(kernel=5, pooling="avg", reduce="mean", scale=x.scale)
+        assert x.q_pos is not None
+        return votes.window_votes(x.q[:, :, -64:], x.kv, x.q_pos[:, -64:], 64, **how)
+
     def alike() -> Any:
         return similarity.self_similarity(x.q, 128), similarity.key_similarity(x.kv, m, 64)
 
@@ -77,6 +93,7 @@ def estimators(x: AttnInput) -> dict[str, Call]:
         "probe of 128 rows, numbers for 0.9 of the mass": lambda: probes.needed(probe(128), m, 0.9),
         "means of blocks of 128": lambda: (pooled.block_pool(x.q, 128), pooled.pool_keys(x.kv, 128)),
         "means of blocks of 128, scores, top 64": top_blocks,
+        "votes of a window of 64 rows": window_votes,
         "antidiagonals of stride 16, mass of blocks of 128": antidiagonals,
         "similarity of blocks of 128 queries and 64 keys": alike,
         **{f"plan of {name}": lambda p=plan: p.plan(x, State()) for name, plan in PLANS.items()},
@@ -154,9 +171,12 @@ def case(n: int, rounds: int) -> list[Row]:
         "dense, FlashAttention-2": dense(x, SDPBackend.FLASH_ATTENTION),
     }
     for name, call in estimators(x).items():
-        calls |= {f"{name}: torch": without_kernels(call), f"{name}: fused": call}
+        if n <= LONG or not name.startswith(SLOW):
+            calls[f"{name}: torch"] = without_kernels(call)
+        calls[f"{name}: fused"] = call
     calls["means of blocks of 128, probabilities, 0.9 of a row's mass: fused"] = block_mass(x)
     held: dict[str, float] = {}
+    listed: dict[str, float] = {}
     ready: dict[str, Call] = {}
     for name, call in calls.items():
         try:
@@ -164,11 +184,11 @@ def case(n: int, rounds: int) -> list[Row]:
             torch.cuda.synchronize()
             base = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            call()
+            listed[name] = getattr(call(), "nbytes", 0) / 2**20  # a plan's own tensors, part of the peak
             torch.cuda.synchronize()
             held[name] = (torch.cuda.max_memory_allocated() - base) / 2**20
             ready[name] = call
-            if name.endswith("fused"):
+            if name.endswith("fused") and (n <= LONG or not name.startswith(WAITS)):
                 ready[f"{name}, graph"] = captured(call)
         except Exception as err:
             print(f"  {name}: {type(err).__name__} {str(err).splitlines()[0][:100]}", flush=True)
@@ -185,6 +205,8 @@ def case(n: int, rounds: int) -> list[Row]:
         params = dict(b=1, h=H, g=G, n=n, d=D, dtype="bfloat16", share=round(ms["median"] / whole, 5))
         if memory is not None:
             params["peak_mib"] = round(memory, 1)
+            if lists := listed.get(name.removesuffix(", graph")):
+                params["lists_mib"] = round(lists, 1)
         work = 4 * D * H * (n * (n + 1) / 2) / ms["median"] / 1e9 if name.startswith("dense") else None
         out.append(Row("estimate", name, params, ms, work, 1.0 if work else None))
         print(

@@ -17,7 +17,7 @@ import faulthandler
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from foveate.bench import results  # noqa: E402
+from foveate.bench import results, workloads  # noqa: E402
 from foveate.kernels import dispatch, gluon  # noqa: E402
 from foveate.kernels.base import Want  # noqa: E402
 from foveate.kv import KV  # noqa: E402
@@ -49,14 +49,70 @@ class Case:
     def name(self) -> str:
         return f"{self.n // 1024}K w{self.width} d{self.d} keep {self.keep:g}"
 
+    @property
+    def full(self) -> bool:
+        return self.keep == 1.0
 
-CASES = [
+    def params(self) -> dict[str, object]:
+        return {"width": self.width}
+
+
+@dataclass(frozen=True)
+class Named:
+    """A layout of `bench.workloads` or a rule: tiles with columns, blocks of 64 rows, sink + window."""
+
+    n: int
+    kind: str  # "columns", "blocks", "rule"
+    rows: int = 128
+    lists: int = H  # H: own lists per head; G: one per kv head
+    a: int = 96  # tiles; sink
+    c: int = 900  # columns; window
+    density: float = 0.1
+    d: int = 128
+    full = False
+
+    @property
+    def name(self) -> str:
+        what = {
+            "columns": f"{self.a} tiles + {self.c} columns, {self.rows} rows",
+            "blocks": f"{self.rows} x 64 {self.density:g}",
+            "rule": f"sink {self.a} window {self.c}",
+        }[self.kind]
+        owner = "" if self.kind == "rule" else " per head" if self.lists == H else " per kv head"
+        return f"{self.n // 1024}K {what}{owner} d{self.d}"
+
+    def params(self) -> dict[str, object]:
+        if self.kind == "rule":
+            return {"sink": self.a, "window": self.c}
+        more = {"tiles": self.a, "columns": self.c} if self.kind == "columns" else {"keep": self.density}
+        return {"block_q": self.rows, "width": 64, "lists": self.lists, **more}
+
+    def layout(self) -> Layout:
+        if self.kind == "rule":
+            return Layout.static((B, H, self.n, self.n), sink=self.a, window=self.c, device=DEVICE)
+        if self.kind == "columns":
+            made = workloads.tiles_and_columns(
+                self.lists, self.n, tiles=self.a, columns=self.c, block=self.rows, device=DEVICE
+            )
+        else:
+            made = workloads.random_blocks(
+                self.lists, self.n, density=self.density, block_q=self.rows, block_k=64, device=DEVICE
+            )
+        return replace(made, shape=(B, H, self.n, self.n))
+
+
+CASES: list[Case | Named] = [
     *(Case(32768, 128, p) for p in (1.0, 0.25, 0.1, 0.05, 0.02)),
     *(Case(131072, 128, p) for p in (0.1, 0.03, 0.01)),
     *(Case(32768, 64, p) for p in (0.25, 0.1, 0.05)),
     *(Case(32768, 128, p, 64) for p in (1.0, 0.25, 0.1, 0.02)),
     Case(8192, 128, 1.0),
     Case(8192, 128, 0.25),
+    *(Named(n, "columns", rows, lists) for n in (32768, 131072) for rows, lists in ((128, H), (128, G), (64, G), (64, H))),
+    Named(32768, "columns", d=64),
+    *(Named(32768, "blocks", rows, lists) for rows, lists in ((128, G), (64, G), (64, H))),
+    *(Named(32768, "rule", a=a, c=c) for a, c in ((4, 1024), (128, 4096), (1024, 8192))),
+    Named(131072, "rule", a=128, c=4096),
 ]
 
 
@@ -116,11 +172,60 @@ class Problem:
         return math.sqrt(off / size), largest
 
 
+class NamedProblem:
+    """The same for a `Named` case."""
+
+    def __init__(self, case: Named):
+        n, d = case.n, case.d
+        self.layout = case.layout()
+        self.pairs = float(self.layout.pairs().sum())
+        self.density = self.pairs / (n * (n + 1) / 2 * H)
+        torch.manual_seed(n)
+        self.q, self.k, self.v = (torch.randn(B, x, n, d, device=DEVICE, dtype=DTYPE) for x in (H, G, G))
+        self.case, self.scale = case, 1 / math.sqrt(d)
+
+    def error(self, out: torch.Tensor, lse: torch.Tensor | None, tiles: int = 7) -> tuple[float, float]:
+        """As `Problem.error`."""
+        if not bool(torch.isfinite(out.float()).all()):
+            return math.nan, math.nan
+        n = self.case.n
+        gen = torch.Generator().manual_seed(1)
+        picks = [(0, 0), (H - 1, n // 128 - 1)]
+        picks += [tuple(int(torch.randint(x, (1,), generator=gen)) for x in (H, n // 128)) for _ in range(tiles)]
+        off = size = largest = 0.0
+        for h, block in picks:
+            rows = torch.arange(block * 128, block * 128 + 128, device=DEVICE)
+            end = block * 128 + 128  # no key beyond is seen
+            seen = self._head(h).to_mask(rows=rows)[0, 0, :, :end]
+            s = self.q[0, h, rows].double() @ self.k[0, h * G // H, :end].double().T * self.scale
+            s = s.masked_fill(~seen, float("-inf"))
+            want = torch.softmax(s, -1) @ self.v[0, h * G // H, :end].double()
+            diff = out[0, h, rows].double() - want
+            off += float(diff.square().sum())
+            largest = max(largest, float(diff.abs().max()))
+            size += float(want.square().sum())
+            if lse is not None and float((lse[0, h, rows].double() - torch.logsumexp(s, -1)).abs().max()) > 1e-3:
+                return math.nan, math.nan
+        return math.sqrt(off / size), largest
+
+    def _head(self, h: int) -> Layout:
+        """The layout of one head."""
+
+        def cut(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t[:, h * t.shape[1] // H][:, None]
+
+        names = ("tiles", "tile_count", "entries", "entry_count", "sink", "window")
+        shape = (B, 1, self.case.n, self.case.n)
+        return replace(self.layout, shape=shape, **{name: cut(getattr(self.layout, name)) for name in names})
+
+
 # ---------------------------------------------------------------------- implementations: Problem -> (call, result)
 def gluon_kernel(p: Problem):
     """The kernel alone, its plan made beforehand (the counter is cleared by a memset each time)."""
     from foveate.kernels.gluon import launch, prepare
 
+    if (why := gluon.supports(p.q, KV.dense(p.k, p.v), p.layout, Want())) is not None:
+        raise RuntimeError(why)
     work = prepare.prepare(p.layout, p.q.device)
 
     def call():
@@ -205,9 +310,12 @@ LISTS = {"gluon kernel": gluon_kernel, "gluon": module("gluon"), "triton": modul
 DENSE = {"gluon dense": dense_layout, "cudnn": cudnn, "fa4 dense": fa4_dense}
 
 
-def implementations(case: Case):
+def implementations(case: Case | Named):
     """Dense implementations join where they do the same work; cuDNN also elsewhere at 32K, as the minute's yardstick."""
-    if case.keep == 1.0:
+    if isinstance(case, Named):
+        served = {name: LISTS[name] for name in ("gluon kernel", "gluon", "triton")}
+        return {**served, "cudnn": cudnn} if case.n <= 32768 else served
+    if case.full:
         return {**LISTS, **DENSE}
     return {**LISTS, "cudnn": cudnn} if case.n <= 32768 else dict(LISTS)
 
@@ -231,20 +339,38 @@ def poison(p: Problem) -> None:
     del waste
 
 
+def what(layout: Layout) -> str:
+    parts = [name for name in ("tiles", "entries", "window") if getattr(layout, name) is not None]
+    return " + ".join(parts) + (f" of {layout.tile_width}" if layout.tiles is not None else "") or "dense"
+
+
 def tiny() -> None:
-    """One tile, one head; then odd lengths. Wrong or hanging kernels stop here."""
+    """One tile, one head; then odd lengths, columns and rules. Wrong or hanging kernels stop here."""
+    gen = torch.Generator(DEVICE).manual_seed(0)
+    single = torch.rand(1, 2, 3, 333, device=DEVICE, generator=gen).topk(200, -1).indices.sort(-1).values
+    mask = torch.rand(1, 2, 3, 6, device=DEVICE, generator=gen) < 0.5
+    some = Layout.from_block_mask(mask, 333, 333, block_q=128, block_k=64)
     for n, d, layout in (
         (128, 128, Layout.dense(1, 1, 128, 128)),
         (128, 64, Layout.dense(1, 1, 128, 128)),
         (300, 128, Layout.dense(1, 1, 300, 300)),
         (333, 128, None),
         (333, 64, None),
+        (333, 128, Layout.lists((1, 2, 333, 333), block_q=128, entries=single)),
+        (
+            333,
+            64,
+            Layout.lists(
+                (1, 2, 333, 333), block_q=128, tile_width=64, tiles=some.tiles, tile_count=some.tile_count, entries=single
+            ),
+        ),
+        (333, 128, Layout.static((1, 2, 333, 333), sink=3, window=150, device=DEVICE)),
     ):
         for width in (128, 64) if layout is None else (0,):
             if width:
                 mask = torch.rand(1, 2, -(-n // 128), -(-n // width), device=DEVICE) < 0.6
                 layout = Layout.from_block_mask(mask, n, n, block_q=128, block_k=width)
-            with limit(60, f"tiny: n {n}, d {d}, width {width or 'dense'}"):
+            with limit(60, f"tiny: n {n}, d {d}, {what(layout)}"):
                 h = layout.shape[1]
                 q, k, v = (torch.randn(1, x, n, d, device=DEVICE, dtype=DTYPE) for x in (h, 1, 1))
                 out, lse, _ = gluon.forward(q, KV.dense(k, v), layout, scale=0.1, softcap=0.0, want=Want(lse=True))
@@ -260,11 +386,11 @@ def tiny() -> None:
                 print(f"#   relative error {off:.1e}", flush=True)
 
 
-def measure(case: Case, rounds: int, rep: int, profile: bool, check_only: bool) -> list[results.Row]:
+def measure(case: Case | Named, rounds: int, rep: int, profile: bool, check_only: bool) -> list[results.Row]:
     from triton.testing import do_bench
 
     with limit(120, f"{case.name}: lists and inputs"):
-        p = Problem(case)
+        p = NamedProblem(case) if isinstance(case, Named) else Problem(case)
         torch.cuda.synchronize()
     calls, errors = {}, {}
     for name, build in implementations(case).items():
@@ -277,7 +403,7 @@ def measure(case: Case, rounds: int, rep: int, profile: bool, check_only: bool) 
             except Exception as err:
                 print(f"#   {name} left out: {type(err).__name__}: {str(err)[:200]}", flush=True)
                 continue
-            same_work = name in LISTS or case.keep == 1.0
+            same_work = name in LISTS or case.full
             relative, errors[name] = p.error(out, lse) if same_work else (0.0, None)
             if not relative < 1e-2:
                 print(f"#   {name} is WRONG: relative error {relative}", flush=True)
@@ -301,9 +427,9 @@ def measure(case: Case, rounds: int, rep: int, profile: bool, check_only: bool) 
     rows = []
     for name, samples in times.items():
         ms = results.spread(samples)
-        same_work = name in LISTS or case.keep == 1.0
+        same_work = name in LISTS or case.full
         work, density = (p.pairs, p.density) if same_work else (dense, 1.0)
-        params = {"B": B, "H": H, "G": G, "N": case.n, "D": case.d, "width": case.width, "dtype": "bf16", "causal": True}
+        params = {"B": B, "H": H, "G": G, "N": case.n, "D": case.d, "dtype": "bf16", "causal": True, **case.params()}
         tflops = 4 * case.d * work / ms["median"] / 1e9
         rows.append(results.Row(case.name, name, params, ms, tflops, density, errors[name]))
     return rows
@@ -311,12 +437,12 @@ def measure(case: Case, rounds: int, rep: int, profile: bool, check_only: bool) 
 
 def table(rows: list[results.Row]) -> None:
     names = [n for n in {**LISTS, **DENSE} if any(r.impl == n for r in rows)]
-    print(f"{'case':<26}{'density':>8} " + "".join(f"{n:>14}" for n in names) + "   (TFLOP/s)")
+    print(f"{'case':<54}{'density':>8} " + "".join(f"{n:>14}" for n in names) + "   (TFLOP/s)")
     for case in dict.fromkeys(r.case for r in rows):
         mine = {r.impl: r for r in rows if r.case == case}
         density = next((r.density for n, r in mine.items() if n in LISTS), math.nan)
         cells = "".join(f"{mine[n].tflops:>14.0f}" if n in mine else f"{'-':>14}" for n in names)
-        print(f"{case:<26}{density:>8.3f} {cells}")
+        print(f"{case:<54}{density:>8.3f} {cells}")
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
 """A whole decode step of a model of Llama-3-8B's shape: recipes as CUDA graphs and without, dense on the same path.
 
-    python benchmarks/step_run.py [--cases 131072x1,32768x8] [--recipes 'dense; quest:share=group'] [--out FILE] [--tiny]
+    python benchmarks/step_run.py [--cases 131072x1,32768x8] [--recipes 'dense; quest:share=group'] [--ways graphs,compiled]
+        [--out FILE] [--tiny]
 
 Random weights in bf16 and caches filled with random keys and values, no prefill: a step's time depends on how much a
 recipe reads, not on what. All recipes of a case share the cache's memory, rewound between them. "no attention" stores new
-keys and hands the queries back: what a step takes beside attention; `attention_ms` is the rest. A failing recipe is said
+keys and hands the queries back: what a step takes beside attention; `attention_ms` is the rest, each way of running against
+its own floor. Ways: graphs; compiled and tuned (graphs of layers compiled by torch.compile); plain. A failing recipe is said
 and left out. `--tiny` is a dry run on the CPU.
 """
 
@@ -33,6 +35,12 @@ from foveate.recipe import Recipe
 
 RECIPES = "dense; quest:share=group; quest:page=64,share=group; decode=lserve:assign=even,share=group"
 NOTHING = "no attention"
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (what its rows say, options of `apply`)
+    "graphs": ("", {"graphs": True}),
+    "compiled": (", compiled", {"graphs": True, "compiled": True}),
+    "tuned": (", compiled and tuned", {"graphs": True, "compiled": "tuned"}),
+    "plain": (", without graphs", {"graphs": False}),
+}
 ROOM = 512  # tokens that fit behind a context
 WARM = 24  # steps before the clock: every phase has run once and is captured
 SHAPE = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -139,14 +147,15 @@ def timed(step: Callable[[], Any], times: int, device: torch.device) -> tuple[li
 
 
 def measure(
-    net: Any, entries: list[tuple[Tensor, Tensor]], m: int, recipe: Recipe, graphs: bool, steps: int
+    net: Any, entries: list[tuple[Tensor, Tensor]], m: int, recipe: Recipe, way: dict[str, Any], steps: int
 ) -> tuple[dict[str, float], dict[str, Any], float | None]:
     """(spread of a step's milliseconds, facts of the run, density) of one recipe."""
     device, b = entries[0][0].device, entries[0][0].shape[0]
+    graphs, compiled = way["graphs"], way.get("compiled", False)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     token = torch.full((b, 1), 5, device=device)
-    with torch.no_grad(), foveate.use(net, recipe, graphs=graphs) as handle:
+    with torch.no_grad(), foveate.use(net, recipe, **way) as handle:
         cache = context(entries, m, handle)
 
         def step() -> Tensor:
@@ -156,8 +165,12 @@ def measure(
         handle.meter = kept = Kept()
         step()
         handle.meter = None
+        began = time.perf_counter()
         for _ in range(WARM):
             logits = step()
+        warm = time.perf_counter() - began
+        if compiled and (handle.graphs is None or handle.graphs.layers is None):
+            raise RuntimeError("; ".join(handle.notes) or "the layers are not compiled")
         if not bool(torch.isfinite(logits).all()):
             raise ArithmeticError("logits are not finite")
         before = handle.graphs.replays if handle.graphs is not None else 0
@@ -168,26 +181,28 @@ def measure(
                 f"only {replays} of {steps} steps were replayed: {'; '.join(handle.notes) or 'no reason given'}"
             )
         facts: dict[str, Any] = {"graphs": int(graphs), "host_ms": round(host, 3)}
+        if compiled:  # the first of a process compiles
+            facts |= {"compiled": compiled if isinstance(compiled, str) else "default", "warm_s": round(warm, 1)}
         if device.type == "cuda":
             facts["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         return results.spread(ms), facts, kept.mean
 
 
 # ---------------------------------------------------------------------- the run
-def case(net: Any, b: int, m: int, recipes: list[str], ways: list[bool], steps: int, until: float) -> list[results.Row]:
+def case(net: Any, b: int, m: int, recipes: list[str], ways: list[str], steps: int, until: float) -> list[results.Row]:
     entries = memory(net, b, m)
-    c, rows, floor = net.config, [], {}
+    c, rows, floor = net.config, [], {}  # floor: way -> milliseconds without attention
     name = f"{m} tokens, batch {b}"
     about = {"b": b, "n": m, "layers": c.num_hidden_layers, "h": c.num_attention_heads, "g": c.num_key_value_heads}
-    for graphs in ways:
+    for way in ways:
         for text in [NOTHING, *recipes]:
-            label = text if graphs else f"{text}, without graphs"
+            label, options = text + WAYS[way][0], WAYS[way][1]  # a compiled step is a row of its own in tables
             if time.monotonic() > until:
                 print(f"# {name}: {label} left out, the time is over", flush=True)
                 continue
             try:
                 recipe = Recipe(decode=Nothing()) if text == NOTHING else Recipe.of(text)
-                ms, facts, density = measure(net, entries, m, recipe, graphs, steps)
+                ms, facts, density = measure(net, entries, m, recipe, options, steps)
             except Exception as err:
                 said = str(err).splitlines()
                 print(f"# {name}: {label} left out: {type(err).__name__}: {said[0][:200] if said else ''}", flush=True)
@@ -195,10 +210,11 @@ def case(net: Any, b: int, m: int, recipes: list[str], ways: list[bool], steps: 
             finally:
                 release()
             if text == NOTHING:
-                floor[graphs], density = ms["median"], None
-            elif graphs in floor:
-                facts["attention_ms"] = round(ms["median"] - floor[graphs], 3)
-            rows.append(results.Row(name, label, about | {"recipe": text} | facts, ms, density=density))
+                floor[way], density = ms["median"], None
+            elif way in floor:
+                facts["attention_ms"] = round(ms["median"] - floor[way], 3)
+            params = about | {"recipe": label if "compiled" in options else text} | facts
+            rows.append(results.Row(name, label, params, ms, density=density))
             seen = " ".join(f"{k} {v}" for k, v in facts.items() if k != "graphs")
             print(f"{name:26s} {label:60s} {ms['median']:8.3f} ms [{ms['min']:.3f}, {ms['max']:.3f}] {seen}", flush=True)
     return rows
@@ -208,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default="131072x1,32768x8", help="TOKENSxBATCH, comma between them")
     parser.add_argument("--recipes", default=RECIPES, help="semicolon between them")
+    parser.add_argument("--ways", default="graphs,compiled,plain", help=f"comma between them: {', '.join(WAYS)}")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=400, help="no further recipe begins after these")
@@ -221,7 +238,9 @@ def main(argv: list[str] | None = None) -> None:
     recipes = [text.strip() for text in args.recipes.split(";") if text.strip()]
     shape = TINY if args.tiny else SHAPE | {"num_hidden_layers": args.layers}
     net = model(shape, max(m for m, _ in cases), device)
-    ways = [False] if args.tiny else [True, False]
+    ways = ["plain"] if args.tiny else [way.strip() for way in args.ways.split(",")]
+    if unknown := [way for way in ways if way not in WAYS]:
+        parser.error(f"--ways: expected some of {', '.join(WAYS)}, got {', '.join(unknown)}")
     rows: list[results.Row] = []
     for m, b in cases:
         rows += case(net, b, m, recipes, ways, min(args.steps, 5) if args.tiny else args.steps, until)

@@ -1,13 +1,15 @@
 """Checks and times per-token block lists on a GPU: 32K tokens, 16 blocks of 64 keys each, bf16, D 128.
 
     python benchmarks/tokens_run.py [--out FILE.json] [--only TEXT] [--rounds 3] [--rep 40] [--tune] [--budget 70]
+        [--peer fsa=FOLDER]
 
 Lists: "random" are independent draws of every token and kv head; "local" hold the first block, the newest two and blocks
 by scores that drift slowly along the text, as trained selectors give. One process, implementations interleaved, L2
 flushed before every sample. TFLOP/s count 4 D operations for each kept pair. "ours" is what `attend` runs, lists built
 anew; "lists", "partial", "walk" and "merge" time its steps over all chunks; `--tune` moves one knob at a time; names that
 begin with "bwd" are gradients alone, from saved out and lse (10 D operations a pair). "rows" fetches the keys of each
-token by themselves (`walk.py`). A new case begins while `--budget` seconds last.
+token by themselves (`walk.py`). "fsa" (Flash Sparse Attention, a checkout given with `--peer`) and "fla" (the package
+`fla-core`, groups of 16 only) are peers on lists made beforehand. A new case begins while `--budget` seconds last.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from foveate.bench import results  # noqa: E402
+from foveate.bench import peers, results  # noqa: E402
+from foveate.bench.kernels import paths_of  # noqa: E402
 from foveate.kernels import triton as backend  # noqa: E402
 from foveate.kernels.base import Want  # noqa: E402
 from foveate.kernels.triton import tokens, tokens_backward  # noqa: E402
@@ -265,6 +268,29 @@ def gradient_error(p: Problem, dout: torch.Tensor, grads) -> tuple[float, float]
     return off, size
 
 
+def others(p: Problem):
+    """(name, call, largest error) of the peers that are here, forward and backward; what is far off is left out."""
+    dout = torch.randn(p.q.shape, device=DEVICE, dtype=DTYPE, generator=torch.Generator(DEVICE).manual_seed(3))
+    for name in ("fsa", "fla"):
+        if (run := attempt(name, lambda x=name: peers.build(x, p.q, p.k, p.v, p.layout))) is None:
+            continue
+        if (out := attempt(name, run.call)) is None:
+            continue
+        relative, largest = p.error(out)
+        print(f"#   {name}: relative error {relative:.1e}", flush=True)
+        if not relative < 3e-2:
+            continue
+        yield name, run.call, largest
+        if run.gradients is None or (call := attempt(f"bwd {name}", lambda r=run: r.gradients(dout))) is None:
+            continue
+        if (grads := attempt(f"bwd {name}", call)) is None:
+            continue
+        off, size = gradient_error(p, dout, grads)
+        print(f"#   bwd {name}: relative error {math.sqrt(off / size):.1e}", flush=True)
+        if math.sqrt(off / size) < 3e-2:
+            yield f"bwd {name}", call, None
+
+
 # ---------------------------------------------------------------------- phases
 def attempt(name: str, make):
     try:
@@ -299,6 +325,8 @@ def measure(case: Case, rounds: int, rep: int, tune: bool) -> list[results.Row]:
     for name, call in (*steps, ("cudnn", dense("CUDNN_ATTENTION")(p)), ("flash", dense("FLASH_ATTENTION")(p))):
         if attempt(name, lambda c=call: (c(), 1)[1]) is not None:
             calls[name], errors[name] = call, None
+    for name, call, largest in others(p):
+        calls[name], errors[name] = call, largest
     later = dict(attempt("bwd", lambda: backward(p)) or {})
     later |= dict(attempt("bwd knobs", lambda: list(tuned(p))) or ()) if tune else {}
     for name, call in later.items():
@@ -306,7 +334,7 @@ def measure(case: Case, rounds: int, rep: int, tune: bool) -> list[results.Row]:
             calls[name], errors[name] = call, None
     for r in range(rounds):
         for name, call in calls.items():
-            if r == 0 or name in ("ours", "cudnn", "bwd ours"):
+            if r == 0 or name in ("ours", "cudnn", "bwd ours", "fsa", "fla", "bwd fsa", "bwd fla"):
                 times.setdefault(name, []).append(do_bench(call, warmup=10, rep=rep, quantiles=[0.5]))
     rows = []
     for name, samples in times.items():
@@ -332,7 +360,10 @@ def main() -> None:
     parser.add_argument("--rep", type=int, default=40, help="milliseconds of samples a round")
     parser.add_argument("--tune", action="store_true", help="also move each knob")
     parser.add_argument("--budget", type=float, default=70, help="seconds after which no further case begins")
+    parser.add_argument("--peer", action="append", metavar="NAME=PATH", help="the checkout of a peer (fsa)")
     args = parser.parse_args()
+    for name, path in paths_of(args.peer).items():
+        peers.at(name, path)
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device")
     start = time.time()

@@ -1,6 +1,6 @@
-"""Write what is generated: the tables of README.md from the registry and the results, and BENCHMARKS.md from
-benchmarks/results/*.json, with a drawing of each evaluation (eval_*.json) in benchmarks/figures. `--check` changes
-nothing and fails when a file is stale.
+"""Write what is generated: the tables of README.md from the registry and the results, BENCHMARKS.md from
+benchmarks/results/*.json with the drawings in benchmarks/figures, and the break-even lengths that length gates use.
+`--check` changes nothing and fails when a file is stale.
 
     python scripts/render.py [--check]
 """
@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "benchmarks" / "figures"
+LENGTHS = ROOT / "src" / "foveate" / "assets" / "breakeven.json"
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -203,6 +204,7 @@ def blocks_table(data: dict[str, Any]) -> str:
 
 # ---------------------------------------------------------------------- BENCHMARKS.md
 def benchmarks(found: dict[str, dict[str, Any]], figures: Iterable[Path]) -> str:
+    from foveate.bench import breakeven
     from foveate.bench.tables import compare_table, prefill_table
     from foveate.evals.frontier import markdown
 
@@ -230,6 +232,10 @@ def benchmarks(found: dict[str, dict[str, Any]], figures: Iterable[Path]) -> str
         parts.append(f"{data['bench']}: {data['device']}, {versions}, commit `{data['commit'][:12]}`, {data['date']}.")
         if stem in drawn:
             parts.append(f"![{stem}]({drawn[stem]})")
+        if data["bench"] == "breakeven":
+            parts.append(BREAKEVEN)
+            parts.append(breakeven.markdown(data))
+            continue
         if data["bench"] == "prefill attention":
             parts.append(PREFILL)
             parts.append(prefill_table(data))
@@ -243,6 +249,21 @@ PREFILL = (
     "clustered, one in eight flat): masses compare recipes with each other and say nothing about a model. Estimator, "
     "selection and attention are all counted; recipes and cuDNN's dense attention take turns in one process."
 )
+
+BREAKEVEN = (
+    "Prefill: one layer on made prompts (see above), estimator included, beside the faster of PyTorch's and our dense "
+    "attention. Decode: a step of all 32 attention layers, replayed as a CUDA graph where the method can be captured, "
+    "beside dense steps. `foveate bench breakeven` measures another machine; `gate=True` runs dense below these lengths."
+)
+
+
+def lengths(found: dict[str, dict[str, Any]]) -> str:
+    """The table of break-even lengths that comes with the package, the newest measurement of each."""
+    from foveate.bench.breakeven import entries
+    from foveate.payoff import dumped, merged
+
+    data = sorted((d for d in found.values() if d.get("bench") == "breakeven"), key=lambda d: d["date"])
+    return dumped(merged(*(entries(d) for d in data)))
 
 
 def rows_table(rows: list[dict[str, Any]]) -> str:
@@ -276,7 +297,8 @@ def render() -> dict[Path, str]:
     readme = ROOT / "README.md"
     text = put(readme.read_text(), "methods", methods_table())
     drawn = drawings(found)
-    return {readme: put(text, "figures", figures(found)), ROOT / "BENCHMARKS.md": benchmarks(found, drawn)} | drawn
+    pages = {readme: put(text, "figures", figures(found)), ROOT / "BENCHMARKS.md": benchmarks(found, drawn)}
+    return pages | {LENGTHS: lengths(found)} | drawn
 
 
 def main() -> None:

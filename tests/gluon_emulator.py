@@ -1,9 +1,10 @@
 """Runs the Gluon kernel's Python source on the CPU: threads for partitions, real barrier phases, delayed copies.
 
-Enough of the Gluon language to execute `foveate/kernels/gluon/kernel.py` line by line: it shows deadlocks, wrong
-phases, wrong coordinates and wrong masks without a GPU. It does not show what the compiler makes of the source. Copies
-by TMA land late and in any order, products read shared memory when they are waited for, and unwritten shared memory is
-NaN, so that a missing wait or an early release gives a wrong result.
+Enough of the Gluon language to execute `foveate/kernels/gluon/kernel.py` and what it imports line by line: it shows
+deadlocks, wrong phases, wrong coordinates and wrong masks without a GPU. It does not show what the compiler makes of the
+source. Copies by TMA land late and in any order, those by cp.async once they were waited for and fenced, products read
+shared memory when they are waited for, and unwritten shared memory is NaN, so that a missing wait or fence or an early
+release gives a wrong result. `x += y` changes x in place here: what two names hold is spelled `x = x + y` in a kernel.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ class Shared:
 
     def load(self, layout=None):
         x = self._block().transpose(0, 1).reshape(self.rows, self.cols).clone()
-        if self.rows == self.cols == 1:
-            return value(x.view(1))
+        if self.rows == 1:
+            return value(x.view(self.cols))
         return value(x.T if self.flip else x)
 
 
@@ -126,6 +127,26 @@ class Pending:
         self.run, self.result = run, None
 
 
+class Copies:
+    """cp.async of one partition: what was started, committed, waited for (by groups); a fence shows the last to wgmma."""
+
+    def __init__(self):
+        self.started, self.groups, self.landed = [], [], []
+
+    def commit(self):
+        self.groups.append(self.started)
+        self.started = []
+
+    def wait(self, outstanding):
+        while len(self.groups) > outstanding:
+            self.landed += self.groups.pop(0)
+
+    def fence(self):
+        for dst, block in self.landed:
+            dst.store(block)
+        self.landed = []
+
+
 class Machine:
     """One launch. Class attributes are the state of the launch under way (one at a time)."""
 
@@ -138,7 +159,7 @@ class Machine:
         cta = cls.local.cta
 
         def work(fn, args):
-            cls.local.cta, cls.local.queue = cta, []
+            cls.local.cta, cls.local.queue, cls.local.copies = cta, [], Copies()
             try:
                 fn(*args)
             except BaseException as err:
@@ -188,6 +209,31 @@ def _tma_load(desc, coord, bar, dst):
     threading.Thread(target=land, daemon=True).start()
 
 
+def _copy_async(dst, ptr):
+    at = ptr.where()
+    assert list(at.shape) == [dst.rows, dst.cols], f"{list(at.shape)} into {[dst.rows, dst.cols]}"
+    assert bool((at[:, ::8] % 8 == 0).all()), "rows of no multiple of 16 bytes"
+    Machine.local.copies.started.append((dst, ptr.data[at.long()]))
+
+
+def _load(ptr, mask=None, other=0):
+    if mask is not None:
+        keep = torch.as_tensor(mask).expand(torch.as_tensor(ptr.offset).shape)
+        ptr = Pointer(ptr.data, torch.where(keep, torch.as_tensor(ptr.offset), 0))
+        return value(torch.where(keep, ptr.data[ptr.where()].to(torch.int64), other))
+    return value(ptr.data[ptr.where()].to(torch.int64))
+
+
+def _expect(bar, size, pred=True):
+    if bool(pred):
+        bar.change(1, size)
+
+
+def _arrive(bar, count, pred=True):
+    if bool(pred):
+        bar.change(arrivals=count)
+
+
 def _tma_store(desc, coord, src):
     to = desc.window(coord)
     to.copy_(src.load()[: to.shape[0]])
@@ -197,7 +243,7 @@ def _allocate(dtype, shape, layout=None):
     if dtype == torch.int64:
         return Bars(shape[0])
     fill = float("nan") if dtype.is_floating_point else 1 << 29
-    rows, cols = shape[1:] if len(shape) == 3 else (1, 1)
+    rows, cols = shape[1:] if len(shape) == 3 else (1, shape[1])
     return Shared(torch.full((shape[0] * rows * cols,), fill, dtype=dtype), rows, cols)
 
 
@@ -238,19 +284,22 @@ def language():
         full=lambda s, x, d, l=None: value(torch.full(s, x, dtype=d)), expand_dims=lambda x, a: x.unsqueeze(a),
         where=lambda c, a, b: value(torch.where(torch.as_tensor(c), a, b)), max=lambda x, a: x.amax(a),
         sum=lambda x, a: x.sum(a), exp2=torch.exp2, log2=torch.log2, minimum=_binary(torch.minimum),
-        maximum=_binary(torch.maximum), load=lambda p: value(p.data[p.where()].to(torch.int64)), store=_store,
+        maximum=_binary(torch.maximum), load=_load, store=_store,
         atomic_add=_atomic_add, program_id=lambda axis: value(Machine.local.cta), num_programs=lambda axis: Machine.ctas,
         warp_specialize=lambda functions, warps, registers: Machine.start(functions),
     )  # fmt: skip
     barrier = SimpleNamespace(
         MBarrierLayout=_none, init=lambda bar, count: bar.init(count), wait=lambda bar, phase: bar.wait(phase),
-        arrive=lambda bar, count: bar.change(arrivals=count), expect=lambda bar, size: bar.change(1, size),
+        arrive=_arrive, expect=_expect,
     )  # fmt: skip
     jit = SimpleNamespace(jit=lambda fn=None, **kw: fn if fn is not None else (lambda f: f))
     return dict(
-        gl=gl, gluon=jit, mbarrier=barrier, fence_async_shared=_none, partition_barrier=_none, store_wait=_none,
+        gl=gl, gluon=jit, mbarrier=barrier, partition_barrier=_none, store_wait=_none,
+        fence_async_shared=lambda: Machine.local.copies.fence(),
         tma_load=_tma_load, tma_store=_tma_store, warpgroup_mma=_mma, warpgroup_mma_wait=_mma_wait,
         as_blocks=lambda buf, desc, count, rows, cols: Shared(buf.flat, rows, cols),
+        as_rows=lambda buf, count, rows, cols, layout: Shared(buf.flat, rows, cols), copy_async=_copy_async,
+        copy_commit=lambda: Machine.local.copies.commit(), copy_wait=lambda left: Machine.local.copies.wait(left),
     )  # fmt: skip
 
 
@@ -259,7 +308,9 @@ def load_kernel(path: Path):
     shim = types.ModuleType("gluon_emulated.shim")
     shim.__dict__.update(language())
     package = types.ModuleType("gluon_emulated")
-    package.__path__ = []
+    package.__path__ = [str(path.parent)]  # what the kernel imports besides the shim is real
+    for name in [n for n in sys.modules if n.startswith("gluon_emulated")]:
+        del sys.modules[name]
     sys.modules.update({"gluon_emulated": package, "gluon_emulated.shim": shim})
     spec = importlib.util.spec_from_file_location("gluon_emulated.kernel", path)
     module = importlib.util.module_from_spec(spec)
@@ -272,7 +323,7 @@ def launch(kernel, ctas, *args, **options):
     Machine.failed, Machine.errors, Machine.lock, Machine.ctas = False, [], threading.Lock(), ctas
 
     def cta(i):
-        Machine.local.cta, Machine.local.queue = i, []
+        Machine.local.cta, Machine.local.queue, Machine.local.copies = i, [], Copies()
         kernel(*args, **options)
 
     threads = [threading.Thread(target=cta, args=(i,), daemon=True) for i in range(ctas)]
@@ -283,3 +334,80 @@ def launch(kernel, ctas, *args, **options):
     if Machine.errors:
         raise Machine.errors[0]
     assert not any(t.is_alive() for t in threads), "a CTA did not end"
+
+
+# ---------------------------------------------------------------------- what the backward kernel needs beyond that
+class Line(Shared):
+    """Rows of numbers `[count, cols]`, one of them at a time."""
+
+    def index(self, i):
+        return Line(self.flat, 1, self.cols, int(i))
+
+    def load(self, layout=None):
+        return value(self.flat[self.at * self.cols : (self.at + 1) * self.cols].clone())
+
+    def store(self, x):
+        self.flat[self.at * self.cols : (self.at + 1) * self.cols] = torch.Tensor(x)
+
+
+def _allocate_lines(dtype, shape, layout=None):
+    if len(shape) == 2 and shape[1] > 1:
+        return Line(torch.full((shape[0] * shape[1],), float("nan"), dtype=dtype), 1, shape[1])
+    return _allocate(dtype, shape, layout)
+
+
+def _load(ptr, mask=None, other=0):
+    at = torch.as_tensor(ptr.offset)
+    keep = torch.ones_like(at, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
+    inside = (at >= 0) & (at < ptr.data.numel())
+    assert bool((inside | ~keep).all()), f"address {at} outside {ptr.data.numel()}"
+    x = torch.where(keep, ptr.data[at.clamp(0, ptr.data.numel() - 1)], torch.as_tensor(other, dtype=ptr.data.dtype))
+    return value(x if x.dtype.is_floating_point else x.to(torch.int64))
+
+
+def _wait_all(outstanding, deps):
+    _mma_wait(outstanding, deps)
+    return deps[0].result if len(deps) == 1 else tuple(d.result for d in deps)
+
+
+def _store_any(ptr, x, mask=None):
+    x = torch.as_tensor(x)
+    at = torch.as_tensor(ptr.offset)
+    mask = torch.ones_like(at, dtype=torch.bool) if mask is None else torch.as_tensor(mask).expand_as(at)
+    _store(Pointer(ptr.data, at), x, mask)
+
+
+def _tma_load_any(desc, coord, bar, dst):
+    """As `_tma_load`, also of rows before the first: they are zero, like those after the last."""
+    b, h, row, col = (int(c) for c in coord)
+    if row >= 0:
+        _tma_load(desc, coord, bar, dst)
+        return
+    shifted = Descriptor(torch.nn.functional.pad(desc.tensor, (0, 0, -row, 0)), desc.block)
+    _tma_load(shifted, [b, h, 0, col], bar, dst)
+
+
+def backward_language():
+    """The names that the backward kernel imports from its shim."""
+    names = language()
+    gl = names["gl"]
+    gl.load, gl.store, gl.allocate_shared_memory, gl.min = _load, _store_any, _allocate_lines, lambda x, a: x.amin(a)
+    names["warpgroup_mma_wait"], names["tma_load"] = _wait_all, _tma_load_any
+    names["as_floats"] = lambda buf, count, rows, cols: Shared(buf.flat.view(torch.float32), rows, cols)
+    return names
+
+
+def load_backward(*paths: Path):
+    """The modules of the backward kernels, each after those it imports, their shim replaced by the emulated language."""
+    package = types.ModuleType("gluon_emulated_backward")
+    package.__path__ = []
+    shim = types.ModuleType(package.__name__ + ".shim")
+    shim.__dict__.update(backward_language())
+    sys.modules.update({package.__name__: package, shim.__name__: shim})
+    modules = []
+    for path in paths:
+        spec = importlib.util.spec_from_file_location(f"{package.__name__}.{path.stem}", path)
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+        modules.append(sys.modules[spec.name])
+    return modules

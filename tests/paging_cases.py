@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 
 import foveate
+from foveate.cache.dense import DenseStore
+from foveate.cache.fixed import FixedDense
 from foveate.kernels.triton import paging_launch as kernels
 from foveate.kv import KV
 from foveate.layout import Layout
@@ -138,3 +140,92 @@ def check_quest(q, kv, page, budget, tolerance, share):
     assert torch.equal(layout.tiles[:, :, 0], want * page) and torch.equal(layout.tile_count[:, :, 0], count)
     check_attend(q, kv, layout.tiles, layout.tile_count, page, tolerance)
     return layout
+
+
+# ---------------------------------------------------------------------- a token into a fixed store
+def stores(page, d, dv, dtype, device="cpu", size=200):
+    """(a fixed store with bounds beside it, the same without kernels, bounds, a function that makes n keys and values)."""
+    gen = torch.Generator().manual_seed(page)
+    draw = lambda n: [torch.randn(2, 2, n, w, generator=gen).to(device, dtype) for w in (d, dv)]  # noqa: E731
+    k, v = draw(40)
+    valid = torch.tensor([[True] * 40, [False] * 23 + [True] * 17], device=device)
+    first = DenseStore.empty(k, v).append(k, v, valid, [0, 0])
+    ours, other = (FixedDense(first.fork(), [40, 17], size) for _ in range(2))
+    other._kernels = lambda: None  # type: ignore[method-assign]
+    ours.k[:, :, 40:], ours.v[:, :, 40:] = NAN, NAN
+    bounds = Bounds(page)
+    bounds.update(ours.view())
+    ours.beside = bounds
+    return ours, other, bounds, draw
+
+
+def same(ours, other, bounds):
+    """Equal stores, and bounds that are those of the keys."""
+    a, b = ours.view(), other.view()
+    assert torch.equal(a.len, b.len) and torch.equal(ours.seen_now, other.seen_now) and ours.count == other.count
+    for i, n in enumerate(ours.count):
+        assert torch.equal(a.k[i, :, :n], b.k[i, :, :n]) and torch.equal(a.v[i, :, :n], b.v[i, :, :n])
+    bounds.update(a)
+    live, want = live_pages(a, bounds.page), plain(a, bounds.page).data
+    assert torch.equal(bounds.data[:, :, : live.shape[2]][live], want[:, :, : live.shape[2]][live])
+    assert torch.equal(bounds.len, a.len)
+
+
+def step(ours, other, k, v):
+    strided = k.transpose(1, 2).contiguous().transpose(1, 2)  # as a projection leaves it
+    assert ours.append(strided, v, None, [0, 0]) is ours and other.append(k, v, None, [0, 0]) is other
+
+
+def check_append(page, d, dv, dtype, steps, device="cpu"):
+    ours, other, bounds, draw = stores(page, d, dv, dtype, device)
+    launched = []
+    bounds._steady = lambda kv: launched.append(kv)  # type: ignore[method-assign]
+    for _ in range(steps):
+        step(ours, other, *draw(1))
+        same(ours, other, bounds)
+    assert not launched  # the append had brought them up to date
+
+
+def check_changes(page, device="cpu"):
+    """Forks, rollbacks, reordered rows and steps whose bounds nobody read, between fused appends."""
+    ours, other, bounds, draw = stores(page, 32, 32, torch.float32, device)
+    for _ in range(5):
+        step(ours, other, *draw(1))
+    same(ours, other, bounds)
+    view, lengths = ours.view(), ours.view().len.clone()
+    step(ours, other, *draw(1))
+    assert torch.equal(view.len, lengths)  # a view stays what it was
+    for store in (ours, other):
+        store.truncate(20)  # over the edge of a page
+    bounds.truncate(20)
+    same(ours, other, bounds)
+    step(ours, other, *draw(1))
+    same(ours, other, bounds)
+    index = torch.tensor([1, 0], device=device)
+    for store in (ours, other):
+        store.reorder(index.cpu())
+    bounds.reorder(index)
+    step(ours, other, *draw(1))
+    same(ours, other, bounds)
+    copy, held = ours.fork(), bounds.fork()
+    step(ours, other, *draw(1))  # the copy does not see it
+    same(ours, other, bounds)
+    assert all(not bool(copy.k[i, :, :n].isnan().any()) for i, n in enumerate(copy.count)) and copy.count != ours.count
+    held.update(copy.view())
+    live, want = live_pages(copy.view(), page), plain(copy.view(), page).data
+    assert torch.equal(held.data[:, :, : live.shape[2]][live], want[:, :, : live.shape[2]][live])
+    ours.replayed(), other.replayed()  # a graph wrote a token: what the host held of lengths is old
+    for store in (ours, other):
+        store.now += 1
+        store.seen_now += 1
+    k, v = draw(1)
+    for store in (ours, other):
+        at = (store.now - 1).long()[..., None, None].expand_as(k)
+        store.k.scatter_(2, at, k), store.v.scatter_(2, at, v)
+    same(ours, other, bounds)
+    counted, ours._said = (
+        ours.counted(),
+        torch.full_like(ours.now, -7),
+    )  # a capture that failed: never written
+    ours.recount(counted)
+    same(ours, other, bounds)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,13 @@ from foveate.kernels.base import Want
 from foveate.kv import KV
 from foveate.layout import Layout
 from tests import gluon_emulator as emulator
+
+try:
+    from foveate.kernels.gluon import launch, prepare
+    from foveate.kernels.gluon.prepare import Work
+    from foveate.kernels.gluon.shim import TensorDescriptor
+except (ImportError, AttributeError):  # no Triton, or one whose Gluon the shim does not know
+    launch = None
 
 SOURCE = Path(gluon.__file__).parent / "kernel.py"
 SHARED = 232_448  # bytes of shared memory a CTA may have on Hopper
@@ -35,12 +43,26 @@ def _tiles(n=256, width=128, block_q=128, **more):
 
 
 COLUMN = torch.zeros(1, 4, 2, 1, dtype=torch.int32)
+
+
+def _with_rule():
+    return Layout.lists((1, 4, 256, 256), block_q=128, entries=COLUMN, sink=4)
+
+
+def _factored():
+    return Layout.factored((1, 4, 256, 256), diagonals=COLUMN[..., 0], columns=COLUMN[..., 0])
+
+
 REFUSED = {
     "mass": (_call(), Want(mass=True), "mass"),
     "softcap": (_call(), Want(softcap=True), "softcap"),
-    "static": (_call(layout=Layout.static((1, 4, 256, 256), sink=4, window=64)), Want(), "static rules"),
-    "entries": (_call(layout=Layout.lists((1, 4, 256, 256), block_q=128, entries=COLUMN)), Want(), "single entries"),
-    "block_q": (_call(layout=_tiles(block_q=64)), Want(), "128 rows"),
+    "stride": (_call(layout=Layout.static((1, 4, 256, 256), sink=4, stride=3)), Want(), "not strides"),
+    "two-sided rule": (_call(layout=Layout.static((1, 4, 256, 256), window=64, causal=False)), Want(), "causal"),
+    "rule and lists": (_call(layout=_with_rule()), Want(), "not both"),
+    "few rows of a rule": (_call(n=100, layout=Layout.static((1, 4, 100, 100), window=64)), Want(), "100 query rows"),
+    "factored": (_call(layout=_factored()), Want(), "factored"),
+    "block_q": (_call(layout=_tiles(block_q=32)), Want(), "128 rows"),
+    "64 rows, own lists": (_call(layout=_tiles(block_q=64)), Want(), "heads of a group share"),
     "width": (_call(layout=_tiles(width=32)), Want(), "tiles of 64 and 128 keys, not 32"),
     "len": (_call(len=torch.full((1, 2), 200)), Want(), "different length"),
     "bias": (_call(bias=torch.zeros(1, 2, 256)), Want(), "entry weights"),
@@ -68,11 +90,11 @@ def _tool(*names):
     return found
 
 
-@pytest.mark.parametrize("dtype,d,layout", [
-    (torch.bfloat16, 128, _tiles(width=64)),
-    (torch.float16, 64, Layout.dense(1, 4, 256, 256, causal=False)),
-], ids=["bf16-128-pairs-causal", "fp16-64-dense"])  # fmt: skip
-def test_compiles_for_hopper_without_spills(dtype, d, layout, tmp_path):
+@pytest.mark.parametrize("dtype,d,kind", [
+    (torch.bfloat16, 128, "pairs"), (torch.float16, 64, "dense"), (torch.bfloat16, 128, "pairs and columns"),
+    (torch.bfloat16, 64, "rule"),
+])  # fmt: skip
+def test_compiles_for_hopper_without_spills(dtype, d, kind, tmp_path):
     nvdisasm = _tool("nvdisasm")[0]
     ptxas = _tool("ptxas", "ptxas-blackwell")
     if (why := gluon._missing()) is not None:
@@ -86,7 +108,14 @@ def test_compiles_for_hopper_without_spills(dtype, d, layout, tmp_path):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     q, k = meta(1, 4, 4096, d, dtype=dtype), meta(1, 2, 4096, d, dtype=dtype)
-    work = Work(meta(1), meta(1, 4, 32, 64), meta(1, 4, 32, 2), 1)
+    tiles = meta(1, 4, 32, 64)
+    work = {
+        "pairs": Work(meta(1), tiles, meta(1, 4, 32, 2), 1, pair=True),
+        "pairs and columns": Work(meta(1), tiles, meta(1, 4, 32, 4), 1, meta(1, 4, 32, 900), pair=True),
+        "rule": Work(meta(1), tiles, meta(1, 4, 1, 2), 1, rule=True),
+        "dense": Work(meta(1), tiles, tiles, 1),
+    }[kind]
+    layout = Layout.dense(1, 4, 256, 256, causal=False) if kind == "dense" else _tiles(width=64)
     built = compile_sm90(attend_kernel, *arguments(q, k, k, q, meta(1, 4, 4096, dtype=torch.float32), layout, work, 0.1))
     assert built.metadata.shared <= SHARED
     (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
@@ -94,12 +123,16 @@ def test_compiles_for_hopper_without_spills(dtype, d, layout, tmp_path):
     sass = subprocess.run([nvdisasm, "-c", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
     assert len(re.findall(r"\bHGMMA", sass)) == 2 * (3 * 8 * d // 128 + 2 * 8)  # 3 Q K^T and 2 P V a warpgroup
     assert re.search(r"\bUTMALDG\.4D", sass) and re.search(r"\bUTMASTG\.4D", sass)
-    assert not re.search(r"\b(LDL|STL)\b", sass), "spills"
+    gathers = len(re.findall(r"\bLDGSTS\.E\.BYPASS\.128", sass))  # K, V, the last V: 8 rows of D / 64 pieces a thread
+    assert gathers == (3 * 8 * d // 64 if work.columns is not None else 0)
+    words = 12 if work.columns is not None else 0  # spilled outside the inner loops (3.9; one of a tile on 3.6)
+    if not words:
+        assert not re.search(r"\b(LDL|STL)\b", sass), "spills"
     for tool in ptxas:  # one of them knows the PTX version
         command = [tool, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "again.cubin"]
         log = subprocess.run(command, capture_output=True, text=True)
         if log.returncode == 0:
-            assert "0 bytes spill stores" in log.stderr
+            assert int(re.search(r"(\d+) bytes spill stores", log.stderr)[1]) <= 4 * words
             assert not re.search(r"C75\d\d|serializ", log.stderr), log.stderr
             return
     pytest.skip("no ptxas here reads this PTX")
@@ -107,16 +140,14 @@ def test_compiles_for_hopper_without_spills(dtype, d, layout, tmp_path):
 
 # ---------------------------------------------------------------------- the lists
 def plan_of(layout):
-    """What `plan_kernel` computes, entry by entry."""
-    _, _, n, m = layout.shape
+    """What `plan_kernel` computes of tiles, entry by entry."""
     width, (b, hl, nq) = layout.tile_width, layout.tile_count.shape
     plan = torch.zeros(b, hl, nq, 2, dtype=torch.int32)
     for i in range(b):
         for h in range(hl):
             for block in range(nq):
                 row = layout.tiles[i, h, block, : layout.tile_count[i, h, block]].tolist()
-                last = m - n + min(block * 128 + 128, n) - 1 if layout.causal else m - 1
-                first = min(m - n + block * 128, m - 1) if layout.causal else m - 1
+                first, last = seen_by(layout, block)
                 used = [s for s in row if s <= last]
                 masked = 0  # entries from the end that hold a key some row must not see, or that a later one owns
                 for j, s in enumerate(used):
@@ -126,6 +157,29 @@ def plan_of(layout):
                     odd = len(used) % 2
                     masked = -(-(masked - odd) // 2) + odd if masked else odd
                 plan[i, h, block] = torch.tensor([len(used), max(masked, 1)])
+    return plan
+
+
+def seen_by(layout, block):
+    """The last keys that the first and the last row of a query block see."""
+    _, _, n, m = layout.shape
+    if not layout.causal:
+        return m - 1, m - 1
+    first = m - n + block * layout.block_q
+    return min(first, m - 1), m - n + min((block + 1) * layout.block_q, n) - 1
+
+
+def column_plan(layout, columns, counts):
+    """What `plan_kernel` computes of single keys: those that some row sees, whole steps that every row sees."""
+    b, hl, nq = counts.shape
+    plan = torch.zeros(b, hl, nq, 2, dtype=torch.int32)
+    for i in range(b):
+        for h in range(hl):
+            for block in range(nq):
+                row = columns[i, h, block, : counts[i, h, block]].tolist()
+                first, last = seen_by(layout, block)
+                plan[i, h, block, 0] = sum(x <= last for x in row)
+                plan[i, h, block, 1] = sum(x <= first for x in row) // 128
     return plan
 
 
@@ -175,29 +229,44 @@ def test_plan_kernel_under_the_interpreter():
 KERNEL = emulator.load_kernel(SOURCE)
 
 
+NOTHING = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+
+
+def work_of(layout):
+    """What `prepare` makes of a layout, without its kernel."""
+    if layout.full:
+        return Work(NOTHING, NOTHING, NOTHING, 1)
+    if layout.has_rule:
+        return prepare.rule(layout, NOTHING)
+    tiles, counts, columns, column_counts = prepare.lists(layout)
+    tile = replace(layout, tiles=tiles, tile_count=counts, tile_width=64 if layout.tile_width == 64 else 128)
+    pair, plan = layout.tiles is not None and layout.tile_width == 64, plan_of(tile)
+    if columns is not None:
+        plan = torch.cat([plan, column_plan(layout, columns, column_counts)], -1)
+    return Work(NOTHING, tiles, plan, layout.shape[1] // counts.shape[1], columns, pair, block=layout.block_q)
+
+
 def emulate(q, k, v, layout, scale, ctas):
-    b, h, n, d = q.shape
-    g, m = k.shape[1:3]
-    nq = -(-n // 128)
-    pair = not layout.full and layout.tile_width == 64
-    keys = [1, 1, 64, 64] if pair else [1, 1, 128, d]
-    out, lse = torch.full_like(q, float("nan")), torch.full((b * h * n,), float("nan"))
-    tiles = plan = torch.zeros(1, dtype=torch.int32)
-    strides, share = (0, 0, 0, 0), 1
-    if not layout.full:
-        tiles, plan = layout.tiles, plan_of(layout)
-        many, hl = tiles.shape[0] > 1, tiles.shape[1]
-        strides = (many * tiles.stride(0), tiles.stride(1), tiles.stride(2), many * hl * nq)
-        share = h // hl
-    emulator.launch(
-        KERNEL.attend_kernel, min(ctas, b * h * nq),
-        emulator.Descriptor(q, [1, 1, 64, d]), emulator.Descriptor(k, keys), emulator.Descriptor(v, keys),
-        emulator.Descriptor(out, [1, 1, 64, d]), emulator.Pointer(lse), emulator.Pointer(torch.zeros(1, dtype=torch.int32)),
-        emulator.Pointer(tiles.reshape(-1)), emulator.Pointer(plan.reshape(-1)), *strides, share, scale * math.log2(math.e),
-        b * h * nq, h, g, nq, n, m, FLAT=None, CAUSAL=layout.causal, DENSE=layout.full, PAIR=pair, D=d,
-        STAGES=2 if d == 128 else 4,
-    )  # fmt: skip
-    return out, lse.view(b, h, n)
+    """`attend_kernel` with the arguments of `launch`, tensors replaced by what the emulator takes for them."""
+    if launch is None:
+        pytest.skip(gluon._missing() or "no Gluon")
+    out, lse = torch.full_like(q, float("nan")), torch.full(q.shape[:3], float("nan"))
+    work = work_of(layout)
+    work = replace(work, counter=torch.zeros(1, dtype=torch.int32))
+    args, options = launch.arguments(q, k, v, out, lse, layout, work, scale)
+    given = [
+        emulator.Descriptor(a.base, a.block_shape) if isinstance(a, TensorDescriptor)
+        else emulator.Pointer(memory(a)) if isinstance(a, torch.Tensor) else a for a in args
+    ]  # fmt: skip
+    options = {k: v for k, v in options.items() if k not in ("num_warps", "maxnreg", "enable_fp_fusion")}
+    emulator.launch(KERNEL.attend_kernel, min(ctas, launch.grid(q, work)), *given, **{**options, "FLAT": None})
+    return out, lse
+
+
+def memory(t):
+    """The elements behind a tensor, from its first one on."""
+    size = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((size,), (1,))
 
 
 def check(layout, g, d, dtype=torch.bfloat16, ctas=3, scale=None):

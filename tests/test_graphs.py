@@ -12,7 +12,7 @@ import foveate
 from foveate.adapters.graphs import Graphs
 from foveate.cache.dense import DenseStore
 from foveate.cache.fixed import FixedDense
-from foveate.errors import CacheError
+from foveate.errors import CacheError, ConfigError
 from foveate.methods.base import Method, Selection
 from foveate.profile import Profile
 from foveate.recipe import Recipe
@@ -318,3 +318,100 @@ def test_a_fixed_store_is_a_dense_store():
     assert torch.equal(fixed.view().k[0, :, :13], fixed.view().k[1, :, :13])
     kept = fixed.select(Selection(torch.arange(5).expand(2, 2, 5)))
     assert kept.lens == [[5, 5]] * 2 and not isinstance(kept, FixedDense)
+
+
+# ---------------------------------------------------------------------- compiled layers
+def compiling(model, recipe, record=Dry.record, backend=None):
+    """A handle whose captured steps are compiled by a backend that counts: (handle, one list of operations a graph)."""
+    built = []
+
+    def count(graph, inputs):
+        built.append([n.target for n in graph.graph.nodes if n.op in ("call_function", "call_method")])
+        return graph.forward
+
+    kind = type("Compiling", (Dry,), {"backend": staticmethod(backend or count), "record": record})
+    torch._dynamo.reset()
+    handle = foveate.apply(model, recipe)
+    handle.graphs = kind(handle, compiled=True)
+    handle.graphs.install()
+    return handle, built
+
+
+@pytest.mark.parametrize("family,layers", [("llama", 10), ("gemma2", 4)])  # dynamo gives up at the ninth number of a layer
+def test_layers_are_compiled_once(family, layers):
+    """Four pieces of code serve all layers that look alike; later steps compile nothing, and nothing of it stays."""
+    model, ids = tiny(family, num_hidden_layers=layers), tokens(1, 40)
+    recipe = "quest:budget=16,dense_layers=0"
+    with foveate.use(model, recipe):
+        want = generate(model, ids, max_new_tokens=12, min_new_tokens=12)
+    handle, built = compiling(model, recipe)
+    got = generate(model, ids, max_new_tokens=4, min_new_tokens=4)
+    pieces = len(built)
+    assert pieces == (5 if family == "gemma2" else 4)  # gemma2 has layers of two kinds
+    assert sum(len(p) for p in built) > 40
+    got = generate(model, ids, max_new_tokens=12, min_new_tokens=12)
+    assert len(built) == pieces and handle.graphs.replays >= 8 and not [n for n in handle.notes if "compiled" in n]
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-5, rtol=1e-5)
+    assert not any("forward" in vars(layer) for layer in model.get_decoder().layers)
+    handle.remove()
+
+
+def test_a_compiler_that_fails_leaves_plain_captures():
+    def fails(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    model, ids = tiny(), tokens(2, 40)
+    with foveate.use(model, RECIPES[1]):
+        want = said(model, ids)
+    handle, _ = compiling(model, RECIPES[1], backend=fails)
+    assert torch.equal(said(model, ids), want) and handle.graphs.replays >= 5
+    assert len(handle.notes) == 1 and handle.notes[0].startswith("layers are not compiled: torch.compile failed: ")
+    assert "no compiler here" in handle.notes[0]
+    handle.remove()
+
+
+def test_a_compiled_capture_that_fails_is_tried_without_the_compiler():
+    def record(self, cache, held):
+        out = Dry.record(self, cache, held)
+        if self.layers is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return out
+
+    model, ids = tiny(), tokens(1, 60)
+    with foveate.use(model, RECIPES[1]):
+        want = said(model, ids, steps=12)
+    handle, _ = compiling(model, RECIPES[1], record)
+    assert torch.equal(said(model, ids, steps=12), want) and handle.graphs.replays >= 6
+    assert handle.notes == ["layers are not compiled: the capture failed: operation not permitted when stream is capturing"]
+    handle.remove()
+
+
+def test_what_cannot_be_compiled_says_why():
+    model, ids = tiny(), tokens(1, 30)
+    layer = model.get_decoder().layers[1]
+    layer.forward = layer.forward  # as accelerate does
+    handle, built = compiling(model, "dense")
+    said(model, ids)
+    assert not built and handle.graphs.replays > 0 and "forward" in vars(layer)
+    assert handle.notes == ["layers are not compiled: another library has replaced the forward of its layers"]
+    handle.remove()
+    with pytest.raises(ConfigError, match="compiled: expected graphs=True"):
+        foveate.apply(model, "dense", compiled=True)
+    with pytest.raises(ConfigError, match="compiled: expected True, False or 'tuned', got 'fast'"):
+        foveate.apply(model, "dense", graphs=True, compiled="fast")
+
+
+def test_the_compiler_itself():
+    """Inductor on the CPU: one compilation, the logits of plain steps."""
+    model, ids = tiny(num_hidden_layers=2), tokens(1, 40)
+    with foveate.use(model, "dense"):
+        want = generate(model, ids)
+    torch._dynamo.reset()
+    handle = foveate.apply(model, "dense")
+    handle.graphs = Dry(handle, compiled=True)
+    handle.graphs.install()
+    got = generate(model, ids)
+    if handle.notes:
+        pytest.skip(handle.notes[0])
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
+    handle.remove()

@@ -10,11 +10,11 @@ import torch
 
 from foveate.cache import DenseStore, LayerCache, PagedStore, RaggedStore
 from foveate.cache import layer as layers
-from foveate.cache.offload import OffloadStore, fetch, whole
+from foveate.cache.offload import OffloadStore, bring, fetch, fetch_parts, whole
 from foveate.errors import CacheError, ConfigError, ShapeError
 from foveate.kernels.dispatch import attend
 from foveate.kv import KV
-from foveate.layout import Layout
+from foveate.layout import Layout, Part, Parts
 from foveate.methods.base import Selection
 from foveate.recipe import Recipe
 from tests.drive import Drive, qkv
@@ -228,3 +228,78 @@ def test_layer_cache_takes_it(monkeypatch):
     cache.append(k, v, storage={"kind": "offload", "reserve": 50})
     assert isinstance(cache.store, OffloadStore) and cache.store.k.shape[2] == 50
     assert isinstance(cache.fork().store, OffloadStore) and DenseStore.kind != OffloadStore.kind
+
+
+# ---------------------------------------------------------------------- what stays on the device
+def test_only_what_is_named_anew_is_copied():
+    """Lists that change little from step to step, of growing and shrinking length, over a growing store."""
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = qkv(2, 4, 2, 120)
+    store = OffloadStore.empty(k, v).append(k[:, :, :90], v[:, :, :90], None, [0, 0])
+    named = 0
+    for i in range(30):
+        store = store.append(k[:, :, 90 + i : 91 + i], v[:, :, 90 + i : 91 + i], None, [90 + i] * 2)
+        kv, heads = store.view(), 2 if i < 20 else 4
+        scores = torch.zeros(2, heads, 1, kv.capacity)
+        scores[..., : 40 + i % 7] = 2
+        scores += torch.randn(scores.shape, generator=gen) * (1.0 if i % 5 else 0.0)
+        entries = scores.topk(12, -1).indices.sort(-1).values
+        count = torch.randint(1, 13, (2, heads, 1), generator=gen)
+        layout = Layout.lists((2, 4, 1, kv.capacity), block_q=1, tile_width=1, entries=entries, entry_count=count)
+        near, plan = fetch(kv, layout, "cpu", store.near)
+        want = attend(q[:, :, -1:], kv, layout, return_lse=True, backend="reference")
+        got = attend(q[:, :, -1:], near, plan, return_lse=True, backend="reference")
+        for one, two in zip(got, want, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+        named += int(count.sum())
+    assert 0 < store.near.copied < 0.9 * named
+    before = store.near.copied
+    fetch(kv, layout, "cpu", store.near)
+    assert store.near.copied == before  # the same lists again
+    store.truncate(1)
+    assert store.near.names is None
+    store.append(-k[:, :, :1], -v[:, :, :1], None, [119] * 2)
+    kv = store.view()
+    assert torch.equal(fetch(kv, layout, "cpu", store.near)[0].k, fetch(kv, layout, "cpu")[0].k)
+
+
+def test_several_softmaxes_are_fetched():
+    q, k, v = qkv(2, 4, 2, 60)
+    kv = OffloadStore.empty(k, v).append(k, v, None, [0, 0]).view()
+    own = KV.dense(k[:, :, :3] * 2, v[:, :, :3])
+    plan = Parts((Part(Layout.static((2, 4, 1, 60), sink=2, window=9, block_q=1)), Part(Layout.dense(2, 4, 1, 3), kv=own)))
+    near = fetch_parts(kv, plan, "cpu")
+    assert all(p.kv is not None for p in near.parts) and near.parts[0].kv.capacity == 11
+    want = attend(q[:, :, -1:], kv, plan)
+    torch.testing.assert_close(attend(q[:, :, -1:], near.parts[0].kv, near), want, atol=1e-6, rtol=1e-5)
+
+
+def test_what_methods_remember_follows():
+    """The `meta` device stands for the other one; subclasses of tensors and objects of methods stay what they are."""
+    from foveate.methods.h2o import Sums
+    from foveate.methods.razor_attention import Folded
+
+    state = {"a": torch.ones(3), "b": [torch.ones(2), 5], "c": Sums(torch.ones(1, 2, 3), 7), "d": "text"}
+    state["e"] = torch.ones(1, 2, 4).as_subclass(Folded)
+    bring([state], torch.device("meta"))
+    assert state["a"].is_meta and state["b"][0].is_meta and state["b"][1] == 5 and state["d"] == "text"
+    assert state["c"].mass.is_meta and state["c"].length == 7 and type(state["e"]) is Folded
+    assert state["e"].as_subclass(torch.Tensor).is_meta
+
+
+def test_padding_is_nobody():
+    """A list with padding, then entries that did not exist yet: none of them is taken for what the padding held."""
+    q, k, v = qkv(1, 2, 2, 92)
+    store = OffloadStore.empty(k, v).append(k[:, :, :90], v[:, :, :90], None, [0])
+    lists = lambda m, e, n: Layout.lists(  # noqa: E731
+        (1, 2, 1, m),
+        block_q=1,
+        tile_width=1,
+        entries=torch.tensor(e).expand(1, 2, 1, -1),
+        entry_count=torch.tensor(n).view(1, 2, 1),
+    )
+    fetch(store.view(), lists(90, [3, 5, 7], (3, 1)), "cpu", store.near)
+    store = store.append(k[:, :, 90:], v[:, :, 90:], None, [90])
+    plan = lists(92, [3, 90, 91], (3, 3))
+    near, _ = fetch(store.view(), plan, "cpu", store.near)
+    assert torch.equal(near.k, k[:, :, [3, 90, 91]]) and torch.equal(near.v, v[:, :, [3, 90, 91]])

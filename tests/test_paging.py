@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from tests.compiling import hopper
 from tests.processes import run_in_the_interpreter, runs_without_triton
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -22,6 +23,26 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             "k = torch.randn(1, 2, 100, 8); kv = KV.dense(k, k); b.update(kv); b.top(k[:, :, :1], kv, 3, group=True)"
         )
         runs_without_triton(code)
+
+    @pytest.mark.parametrize("pages", [8192, 16384, 65536])
+    def test_compiles_for_hopper(monkeypatch, tmp_path, pages):
+        """The kernels of a step that have a row or a page in registers. Rows of over 8,192 pages put a few words aside."""
+        pytest.importorskip("triton")
+        from foveate.kernels.triton import append, paging
+        from foveate.kernels.triton import paging_launch as kernels
+
+        meta = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+        ints = lambda *shape: meta(*shape, dtype=torch.int32)  # noqa: E731
+        with hopper(monkeypatch, tmp_path, paging, "select_pages") as selected:
+            for length in (None, ints(1, 8)):
+                kernels.select(meta(1, 8, pages, dtype=torch.float32), 128, 16, length)
+        new, cache, seen = meta(1, 8, 1, 128), meta(1, 8, pages * 16, 128), meta(1, dtype=torch.int64)
+        with hopper(monkeypatch, tmp_path, append, "append_token") as appended:
+            for found in (None, (meta(1, 8, pages, 256), ints(1, 8), 16), (meta(1, 8, pages, 256), ints(1, 8), 64)):
+                kernels.append(new, new, cache, cache, ints(1, 8), seen, found)
+        assert len(selected) == 2 and len(appended) == 3
+        for name, _, usage in selected + appended:
+            assert usage["STACK"] <= (128 if name == "select_pages" and pages > 8192 else 0), name
 
 else:
     from foveate.kernels import triton as backend
@@ -95,6 +116,28 @@ else:
             score = scores(700, seed, ties, rows=2)
             cases.check_select(score, keep, 64, None)
             cases.check_select(score, keep, 64, torch.tensor([[44800, 20000], [16384, 100]]))
+
+    def test_selection_takes_the_exits():
+        """All pages, one page, two values, the lowest and the highest number there are."""
+        score = torch.zeros(1, 6, 50)
+        score[0, 1] = float("-inf")
+        score[0, 2, 7:] = float("inf")
+        score[0, 3, :25] = 1e-45
+        score[0, 4] = torch.arange(50) // 10
+        score[0, 5] = -torch.arange(50) // 25 * 3e38
+        for keep in (1, 2, 10, 11, 49, 50, 60):
+            cases.check_select(score, keep, 16, None)
+            cases.check_select(score, keep, 16, torch.tensor([[800, 17, 16, 1, 0, 333]]))
+
+    # ------------------------------------------------------------------ a token, in one launch
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("page,d,dv", [(16, 24, 40), (6, 64, 64), (64, 32, 32)])
+    def test_append(page, d, dv, dtype):
+        """Rows of different length, into and out of pages: the store and the bounds of the plain code, one launch a step."""
+        cases.check_append(page, d, dv, dtype, steps=40)
+
+    def test_append_after_the_cache_changed():
+        cases.check_changes(16)
 
     # ------------------------------------------------------------------ bounds kept up to date
     @pytest.mark.parametrize("kind", ["dense", "paged"])

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .bench import cli as breakevens
 from .calibrate import cli as calibration
 from .errors import FoveateError
 from .evals import cli as evals
@@ -271,7 +272,8 @@ def bench_kernels(
     device: Device = "auto",
     lengths: Annotated[str | None, typer.Option(help="Tokens, separated by commas.")] = None,
     cases: Annotated[str | None, typer.Option(help="Workloads to keep, separated by commas.")] = None,
-    against: Annotated[str | None, typer.Option(help="Dense baselines and backends, separated by commas.")] = None,
+    against: Annotated[str | None, typer.Option(help="Baselines, backends and peers, separated by commas.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="The checkout of a peer, NAME=PATH (fsa, minference).")] = None,
     rounds: Annotated[int, typer.Option(help="Alternating rounds.", min=1)] = 3,
     budget: Annotated[float | None, typer.Option(help="Seconds after which no further problem is started.")] = None,
     json_file: JsonFile = None,
@@ -285,8 +287,9 @@ def bench_kernels(
     where = pick_device(device)
     shapes = kernels.default_shapes(where, lengths_of(lengths))
     with progress(stderr()) as tick:
-        options: dict[str, Any] = dict(cases=names_of(cases), impls=names_of(against), rounds=rounds, budget=budget)
-        result = kernels.run(device=where, shapes=shapes, progress=tick, **options)
+        impls = kernels.beside(names_of(against), where)
+        options: dict[str, Any] = dict(cases=names_of(cases), impls=impls, rounds=rounds, budget=budget)
+        result = kernels.run(device=where, shapes=shapes, progress=tick, paths=kernels.paths_of(peer), **options)
     _emit(result, kernels.table(result), json_file)
 
 
@@ -371,6 +374,7 @@ def _emit(result: dict[str, Any], text: str, json_file: str | None) -> None:
         print(text)
 
 
+breakevens.register(bench)
 evals.register(app)
 calibration.register(app)
 serving.register(app)

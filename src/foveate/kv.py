@@ -148,12 +148,20 @@ class KV:
     def device(self) -> torch.device:
         return self.k.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
     def lengths(self) -> Tensor:
         """int64 `[B, G]`, entries that exist."""
         b, g, m, _, _ = self.shape
         if self.len is None:
             return torch.full((b, g), m, dtype=torch.int64, device=self.device)
         return self.len.to(torch.int64)
+
+    def longest(self) -> int:
+        """Entries of the longest row and kv head. Asks the device only where lengths differ."""
+        return self.shape[2] if self.len is None else int(self.len.max())
 
     def positions(self) -> Tensor:
         """int64 `[B, G, M]`, text position of each entry."""

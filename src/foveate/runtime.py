@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .cache import LayerCache
-from .cache.offload import fetch
+from .cache.offload import Near, OffloadStore, bring, fetch, fetch_parts
 from .cache.offload import whole as whole_view
 from .cache.store import last_positions
 from .combine import sink_logit
@@ -24,6 +24,7 @@ from .kernels.dispatch import attend
 from .kv import KV
 from .layout import Layout, Parts
 from .methods.base import AttnInput, Method, Rope, Selection, State
+from .payoff import pay_off
 from .recipe import Recipe
 
 
@@ -51,7 +52,7 @@ class Step:
     run: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
     meter: Meter | None = None
-    gate: bool = False  # apply the methods' length gates (never in compare, eval and tests)
+    gate: bool = False  # dense below the lengths from which methods pay (never in compare, eval and tests)
 
     def note(self, text: str) -> None:
         self.notes[text] = None
@@ -87,6 +88,8 @@ def attention(recipe: Recipe, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor
     if single and cache.pending:
         compress(recipe, cache, step, info)
     cache.append(k, v, step.valid, counts, recipe.stored)
+    if isinstance(cache.store, OffloadStore) and cache.store.k.device != q.device:
+        bring((cache.batch, *cache.rows), cache.store.k.device if single else q.device)
     if single:
         cache.tails = [None] * b  # the queries saved for a compression are not the last ones any more
         out = _decode(recipe, cache, q, step, info)
@@ -148,7 +151,8 @@ def _plain(recipe: Recipe, method: Method | None) -> bool:
 def _decode(recipe: Recipe, cache: LayerCache, q: Tensor, step: Step, info: Info) -> Tensor:
     view = cache.store.view()  # type: ignore[union-attr]
     x = _input(q.to(view.device), view, "decode", info, step, 0, cache.positions(1, view.device), cache.steps)
-    out = _run(recipe, x, recipe.decode, step.state(cache), step, info, q.device)  # type: ignore[arg-type]
+    near = cache.store.near if isinstance(cache.store, OffloadStore) else None
+    out = _run(recipe, x, recipe.decode, step.state(cache), step, info, q.device, near)  # type: ignore[arg-type]
     policy: Method | None = recipe.cache  # type: ignore[assignment]
     if policy is not None and type(policy).evict is not Method.evict and info.window is None:
         keep = policy.evict(x, step.state(cache))
@@ -166,8 +170,10 @@ def _run(
     step: Step,
     info: Info,
     home: torch.device | None = None,
+    near: Near | None = None,
 ) -> Tensor:
-    """Plan and attend. `home` is where the model computes, if the entries lie elsewhere: the plan is made beside them."""
+    """Plan and attend. `home` is where the model computes, if the entries lie elsewhere: the plan is made beside them, and
+    `near` is what the last step fetched of them."""
     own_window = x.window is not None  # the model's own sliding-window layer: its rule, not the method's
     observers = [] if own_window else _observers(recipe, x.phase)
     began = time.perf_counter()
@@ -182,10 +188,16 @@ def _run(
     custom = None if own_window else getattr(method, "attend", None)
     q, kv, what = x.q, x.kv, plan
     if home is not None and home != kv.device:
-        if custom is not None or observers or not isinstance(plan, Layout):
+        if custom is not None or observers:
             who = ", ".join(m.id for m in {method, *observers} if m is not None)
             raise UnsupportedError(f"storage: with entries on {kv.device} and the model on {home}, {who} cannot attend")
-        q, (kv, what) = q.to(home), fetch(kv, plan, home)
+        q = q.to(home)
+        if isinstance(plan, Parts):
+            what = fetch_parts(kv, plan, home)
+            assert what.parts[0].kv is not None
+            kv = what.parts[0].kv  # each part has its own
+        else:
+            kv, what = fetch(kv, plan, home, near)
     if custom is not None:
         out, lse, mass = custom(x, plan, state)
     else:
@@ -250,8 +262,8 @@ def _plan_of(x: AttnInput, method: Method | None, state: State, step: Step) -> L
     if x.phase == "prefill" and x.kv.pos is not None and not method.evicted_ok:
         x.note(f"{method.id}: this cache has evicted entries; the new prompt part runs dense")
         return x.dense()
-    if step.gate and x.kv.capacity < method.min_length:
-        x.note(f"{method.id}: below its length gate of {method.min_length} tokens; runs dense")
+    if step.gate and x.kv.capacity < (gate := pay_off(method, x.phase, x.device)).length:
+        x.note(f"{method.id}: {gate}")
         return x.dense()
     plan = method.plan(x, state)
     return x.dense() if plan is None else plan
@@ -285,6 +297,8 @@ def compress(recipe: Recipe, cache: LayerCache, step: Step, info: Info) -> None:
     """Ask the cache policy which entries stay, row by row, and drop the others for good."""
     policy = recipe.cache
     assert policy is None or isinstance(policy, Method)
+    if isinstance(cache.store, OffloadStore):
+        bring((cache.batch, *cache.rows), cache.store.k.device)
     if policy is None or cache.store is None or info.window is not None:
         cache.pending = False
         return

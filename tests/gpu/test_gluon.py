@@ -59,7 +59,7 @@ def poisoned(q, k, v, layout, scale=None, grid=None):
     out, lse = torch.full_like(q, float("nan")), torch.full(q.shape[:3], float("nan"), device=DEVICE)
     work = prepare.prepare(layout, q.device)
     args, options = launch.arguments(q, k, v, out, lse, layout, work, scale or 1 / math.sqrt(q.shape[-1]))
-    tiles = q.shape[0] * q.shape[1] * -(-q.shape[2] // 128)
+    tiles = launch.grid(q, work)
     grid = grid or torch.cuda.get_device_properties(q.device).multi_processor_count
     launch.attend_kernel[(min(tiles, grid),)](*args, **options)
     torch.cuda.synchronize()
@@ -258,5 +258,5 @@ def test_cuda_graph():
 def test_refuses_what_it_cannot_do():
     q, k, v = inputs(1, 4, 2, 256, 256, 64)
     assert gluon.supports(q, KV.dense(k, v), Layout.dense(1, 4, 256, 256), Want()) is None
-    with pytest.raises(UnsupportedError, match="static rules"):
-        attend(q, (k, v), Layout.static((1, 4, 256, 256), sink=4, window=64, device=DEVICE), backend="gluon")
+    with pytest.raises(UnsupportedError, match="not strides"):
+        attend(q, (k, v), Layout.static((1, 4, 256, 256), sink=4, stride=3, device=DEVICE), backend="gluon")

@@ -68,3 +68,82 @@ def test_the_host_is_out_of_the_way():
             spent[graphs] = (time.perf_counter() - began) / 30
     print(f"a decode step: {1e3 * spent[False]:.2f} ms plain, {1e3 * spent[True]:.2f} ms replayed")
     assert spent[True] < 0.5 * spent[False]
+
+
+@pytest.mark.parametrize("recipe", ["dense", "quest:budget=64,dense_layers=1,share=group",
+                                    "decode=lserve:page=16,logical=8,budget=64,assign=even"])  # fmt: skip
+@pytest.mark.parametrize("compiled", [True, "tuned"])
+def test_compiled_steps_are_the_steps(recipe, compiled):
+    """The logits of plain steps but for rounding, one compilation, and the model as it was afterwards."""
+    torch._dynamo.reset()  # eight variants of a function are all it keeps
+    model, ids = model_(torch.float32), tokens(2, 700).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :133] = 0
+    run = lambda: generate(model, ids, mask, max_new_tokens=40, min_new_tokens=40)  # noqa: E731
+    with foveate.use(model, recipe):
+        want = run()
+    with foveate.use(model, recipe, graphs=True, compiled=compiled) as handle:
+        got = run()
+        assert handle.graphs.replays >= 36 and handle.graphs.layers is not None, handle.notes
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        again = run()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    assert torch.equal(got.sequences, again.sequences)
+    assert torch.equal(torch.stack(got.logits), torch.stack(again.logits))  # to the bit
+    same = (got.sequences == want.sequences).long().cumprod(1).sum(1).min() - ids.shape[1]  # tokens until texts part
+    assert same >= 20
+    a, b = (torch.stack(x.logits)[:same] for x in (got, want))
+    torch.testing.assert_close(a, b, atol=5e-3, rtol=5e-3)
+    assert not any("forward" in vars(layer) for layer in model.get_decoder().layers)
+
+
+def test_compiled_steps_after_changes():
+    """A second question, a rollback and a fork between compiled, replayed steps with fused appends."""
+    model, ids, more = model_(torch.float32), tokens(2, 300).cuda(), tokens(2, 9, seed=3).cuda()
+    feed = tokens(2, 40, seed=5).cuda()
+    recipe = "quest:budget=64,dense_layers=0"
+
+    def talk():
+        out = [model(ids, use_cache=True)]
+        cache = out[0].past_key_values
+        for i in range(40):
+            if i == 8:
+                out.append(model(more, past_key_values=cache, use_cache=True))
+            if i == 16:
+                cache.crop(-3)
+            if i == 24:
+                cache = cache.fork()
+            if i == 32:
+                cache.reorder_cache(torch.tensor([1, 0], device="cuda"))
+            out.append(model(input_ids=feed[:, i : i + 1], past_key_values=cache, use_cache=True))
+        return torch.stack([o.logits[:, -1] for o in out])
+
+    with torch.no_grad():
+        with foveate.use(model, recipe):
+            want = talk()
+        for options in (dict(graphs=True), dict(graphs=True, compiled=True)):
+            with foveate.use(model, recipe, **options) as handle:
+                got = talk()
+                assert handle.graphs.replays >= 20, handle.notes
+            torch.testing.assert_close(got, want, atol=5e-3, rtol=5e-3)
+
+
+def test_a_step_appends_in_one_launch():
+    """The kernels of a replayed quest step, by name: one append a layer, no update of bounds beside it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model, ids = model_(), tokens(1, 700).cuda()
+    with foveate.use(model, "quest:budget=64,dense_layers=0,share=group", graphs=True), torch.no_grad():
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        cache, token = out.past_key_values, out.logits.argmax(-1)
+        step = lambda: model(input_ids=token, past_key_values=cache, use_cache=True)  # noqa: E731
+        for _ in range(4):
+            step()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            step()
+            torch.cuda.synchronize()
+    count = {e.key: e.count for e in seen.key_averages()}
+    number = lambda part: sum(n for name, n in count.items() if part in name)  # noqa: E731
+    print(f"{sum(count.values())} kernels a step of 4 layers: {count}")
+    assert number("append_token") == 4 and number("update_bounds") == 0 and number("select_pages") == 4

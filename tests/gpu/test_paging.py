@@ -80,6 +80,55 @@ def test_update(kind, page, dtype):
     assert torch.equal(covered, kv.len.long())
 
 
+def test_selection_is_the_same_every_time():
+    """Rows of 8,192 pages with ties, many programs at once."""
+    gen = torch.Generator().manual_seed(3)
+    score = (torch.randn(8, 8, 8192, generator=gen) * 4).round().cuda() / 4
+    length = torch.randint(1, 8192 * 16 + 1, (8, 8), generator=gen, dtype=torch.int32).cuda()
+    tiles, count = kernels.select(score, 128, 16, length)
+    for _ in range(50):
+        again, number = kernels.select(score, 128, 16, length)
+        assert torch.equal(again, tiles) and torch.equal(number, count)
+
+
+@both
+@pytest.mark.parametrize("page,d,dv", [(1, 64, 64), (16, 128, 128), (6, 96, 40), (64, 128, 128)])
+def test_append(page, d, dv, dtype):
+    """A token in one launch: the store and the bounds of the plain code, lengths that are no multiples of the page."""
+    cases.check_append(page, d, dv, dtype, steps=70, device="cuda")
+
+
+@pytest.mark.parametrize("page", [6, 16])
+def test_append_after_the_cache_changed(page):
+    cases.check_changes(page, device="cuda")
+
+
+@both
+def test_a_captured_append(dtype):
+    """Recorded once, replayed over changing tokens: store, lengths and bounds follow those of the plain code."""
+    ours, other, bounds, draw = cases.stores(16, 128, 128, dtype, "cuda")
+    cases.step(ours, other, *draw(1))
+    k, v = draw(1)
+    ours.append(k, v, None, [0, 0]), other.append(k, v, None, [0, 0])
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    counted = ours.counted()
+    with torch.cuda.graph(graph):
+        ours.append(k, v, None, [0, 0])
+        view = ours.view()
+        bounds.update(view)  # launches nothing
+    ours.recount(counted)
+    for i in range(70):
+        fresh = draw(1)
+        k.copy_(fresh[0]), v.copy_(fresh[1])
+        graph.replay()
+        ours.replayed()
+        other.append(k, v, None, [0, 0])
+        assert torch.equal(view.len, other.now)
+        if i % 7 == 0:
+            cases.same(ours, other, bounds)
+
+
 @both
 @storages
 @pytest.mark.parametrize("r,page,d", SIZES)

@@ -3,11 +3,12 @@
 `foveate.apply(model, recipe, graphs=True)` replaces the model's `forward` by one that recognises a single-token step over
 a cache of ours. Its stores become fixed ones; the first step of each phase runs as it is, the second is captured, all
 later ones are replayed. What cannot be captured runs as it is, and `Handle.notes` says why. Selection is inside the graph:
-nothing is planned on the host.
+nothing is planned on the host. With `compiled=True` the layers of captured steps are compiled first (`compiled.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cache.fixed import Fixed, fix, fixable
 from ..methods.base import Method
+from ..scores.bounds import Bounds
+from .compiled import Layers
 from .context import ContextCache
 
 if TYPE_CHECKING:
@@ -29,16 +32,28 @@ PLAIN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_
 class Graphs:
     """The replaced `forward` of a model.
 
+    Args:
+        compiled: compile the layers of these steps; "tuned" also lets the compiler search launch constants.
+
     Attributes:
-        replays: steps that were replayed. failed: why nothing is captured any more, or None.
+        replays: steps that were replayed. failed: why nothing is captured any more, or None. layers: the compiled layers,
+            or None where they run as they are.
     """
 
     devices = ("cuda",)
+    backend: Any = "inductor"  # of torch.compile
 
-    def __init__(self, handle: Handle):
+    def __init__(self, handle: Handle, compiled: bool | str = False):
         self.handle, self.replays = handle, 0
         self.forward: Callable[..., Any] = handle.model.forward
         self.failed: str | None = None
+        self.layers: Layers | None = None
+        if compiled:
+            layers = Layers(handle, tuned=compiled == "tuned", backend=self.backend)
+            if (why := layers.why_not()) is None:
+                self.layers = layers
+            else:
+                self._plain(why)
 
     def install(self) -> None:
         @functools.wraps(self.forward)
@@ -101,8 +116,11 @@ class Graphs:
             cache.captured = Captured(cache, ids)
         held: Captured = cache.captured
         at = held.stores[0].seen_now[:, None] if at is None else at
-        phase = self._phase(cache.layers[0].cache.steps)
-        if phase not in held.warm:
+        phase = self._phase(cache.layers[0].cache.steps) + "/".join(s.phase() for s in held.stores)
+        if self.layers is not None and (why := self.layers.trial(self.forward, held.ids, held.at)) is not None:
+            self._plain(why)
+        joined = phase not in held.graphs and held.join(cache)  # then stores append by another kernel than before
+        if phase not in held.warm or joined:
             held.warm.add(phase)
             out = self._run(cache, ids, at)
             if held.graphs and held.memory != places([layer.cache.batch for layer in cache.layers]):
@@ -112,7 +130,11 @@ class Graphs:
         held.at.copy_(at)
         known = phase in held.graphs
         if not known and (why := self._capture(cache, held, phase)) is not None:
-            self.failed, cache.captured = why, None
+            cache.captured = None
+            if self.layers is None:
+                self.failed = why
+            else:  # the next steps try again without the compiler
+                self._plain(why)
             return self._run(cache, ids, at)
         graph, logits = held.graphs[phase]
         graph.replay()
@@ -126,7 +148,12 @@ class Graphs:
         return "+".join(str(m.phase(step)) for m in methods if isinstance(m, Method))
 
     def _run(self, cache: ContextCache, ids: Tensor, at: Tensor) -> Any:
-        return self.forward(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with self.layers or contextlib.nullcontext():
+            return self.forward(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def _plain(self, why: str) -> None:
+        self.layers = None
+        self.handle.note_store[f"layers are not compiled: {why}"] = None
 
     def _capture(self, cache: ContextCache, held: Captured, phase: str) -> str | None:
         """Record a step (nothing runs on the device, the host counts it) or return why it could not be recorded."""
@@ -180,6 +207,14 @@ class Captured:
         """The cache still has these stores, as they were, and room for a token."""
         same = all(layer.cache.store is s for layer, s in zip(cache.layers, self.stores, strict=True))
         return same and not any(s.full for s in self.stores) and all(s.seen_now is t for s, t in self.rows)
+
+    def join(self, cache: ContextCache) -> bool:
+        """Let each store write the page bounds that lie beside it along with its tokens; whether any did not before."""
+        new = False
+        for layer, store in self.pairs(cache):
+            bounds = next((held for held in layer.batch.values() if isinstance(held, Bounds)), None)
+            new, store.beside = new or bounds is not store.beside, bounds
+        return new
 
     def pairs(self, cache: ContextCache) -> list[tuple[Any, Fixed]]:
         return [(layer.cache, s) for layer, s in zip(cache.layers, self.stores, strict=True)]

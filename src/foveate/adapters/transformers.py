@@ -195,6 +195,7 @@ def apply(
     gate: bool = False,
     meter: Meter | None = None,
     graphs: bool = False,
+    compiled: bool | str = False,
 ) -> Handle:
     """Run `model` under `recipe` from now on; `model.generate` and `model(...)` stay what they were.
 
@@ -205,12 +206,18 @@ def apply(
         gate: run dense below the methods' minimum lengths.
         meter: watches every call, see `runtime.Meter`.
         graphs: replay decode steps as CUDA graphs where the recipe allows it; `Handle.notes` says where not.
+        compiled: with `graphs`, compile the layers of those steps by torch.compile (once for each batch size, which takes a
+            minute or so); "tuned" lets it search launch constants as well. Results differ by rounding.
 
     Raises:
         ConfigError: unknown or impossible recipe, or one is applied already. UnsupportedError: a model that cannot be
         served, with the reason. The model is then as it was.
     """
     recipe = Recipe.of(recipe)
+    if compiled not in (False, True, "tuned"):
+        raise ConfigError(f"compiled: expected True, False or 'tuned', got {compiled!r}")
+    if compiled and not graphs:
+        raise ConfigError("compiled: expected graphs=True beside it, since only the layers of captured steps are compiled")
     if backend is not None:
         dispatch.backend(backend)  # an unknown name is an error here, not at the first token
     if (why := why_not(model)) is not None:
@@ -224,7 +231,7 @@ def apply(
     try:
         handle._install()
         if graphs:
-            handle.graphs = Graphs(handle)
+            handle.graphs = Graphs(handle, compiled)
             handle.graphs.install()
     except Exception:
         handle.remove()

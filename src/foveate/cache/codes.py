@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..packed import Coded
+from ..packed import unpack as unpack
 from .rows import Rows, put
 from .store import SLACK
 
@@ -30,14 +32,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     out = codes[..., :wide].clone()
     for i in range(1, 8 // bits):
         out |= codes[..., i * wide : (i + 1) * wide] << (bits * i)
-    return out
-
-
-def unpack(packed: Tensor, bits: int, out: Tensor) -> Tensor:
-    """The inverse of `pack`, written into out `[..., D]` of any dtype."""
-    wide = packed.shape[-1]
-    for i in range(8 // bits):
-        out[..., i * wide : (i + 1) * wide] = (packed >> (bits * i)) & (2**bits - 1) if bits < 8 else packed
     return out
 
 
@@ -89,10 +83,8 @@ class Codes:
         here = out[:, :, :n]
         if self.bits == 16:
             here.copy_(self.codes[:, :, :n])
-            return
-        unpack(self.codes[:, :, :n], self.bits, here)
-        wide, few = self._grouped(here), n // self.unit
-        torch.addcmul(self.low[:, :, :few], wide, self.scale[:, :, :few], out=wide)  # one rounding, not two
+        elif n:
+            Coded(self.codes, self.scale, self.low, out, self.done.there(), self.bits, self.group, self.by).read(0, n, here)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """`[B, G, n, D]` as `[B, G, n / group, group, D]` or `[B, G, n, D / group, group]`, without a copy."""

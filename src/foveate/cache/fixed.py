@@ -8,30 +8,42 @@ whoever replays a graph says so (`replayed`). `fix` makes one from an ordinary s
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import CacheError
 from ..kv import KV
+from ..scores import fused
 from .dense import DenseStore
 from .ragged import RaggedStore
 from .ring import RingStore
 from .store import SLACK, Store, room
+
+if TYPE_CHECKING:
+    from ..scores.bounds import Bounds
 
 
 class Fixed:
     """What fixed stores have in common.
 
     Attributes:
-        seen_now: int64 `[B]`, tokens seen by each row. full: no token fits any more.
+        seen_now: int64 `[B]`, tokens seen by each row. full: no token fits any more. beside: page bounds of these entries,
+            kept by a method, which a store may bring up to date while it writes a token; whoever knows both sets it.
     """
 
     seen_now: Tensor
+    beside: Bounds | None = None
 
     @property
     def full(self) -> bool:
         raise NotImplementedError
+
+    def phase(self) -> str:
+        """What the host knows of the next step and a graph cannot see: steps that differ in it have graphs of their own."""
+        return ""
 
     def replayed(self) -> None:
         """One more token came in, written by a replayed graph."""
@@ -61,6 +73,8 @@ def fixable(store: Store | None) -> bool:
 class FixedDense(DenseStore, Fixed):
     """A rectangle with room for `size` entries. now: int32 `[B, G]`, entries that exist."""
 
+    _said: Tensor | None = None  # a copy of `now` that the last append made, while it holds
+
     def __init__(self, store: DenseStore, seen: list[int], size: int | None = None):
         used, have = max(store.count), store.k.shape[2]
         if size is None:
@@ -80,6 +94,14 @@ class FixedDense(DenseStore, Fixed):
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None, seen: list[int]) -> Store:
         if k.shape[2] != 1 or valid is not None or self.full:
             return self.loose().append(k, v, valid, seen)
+        if (kernels := self._kernels()) is not None:
+            pages = None if self.beside is None else self.beside.joins(self.k)
+            said = kernels.append(k, v, self.k, self.v, self.now, self.seen_now, pages)
+            self.replayed()
+            self._said = said
+            if pages is not None and self.beside is not None:
+                self.beside.joined(said)
+            return self
         at = self.now[..., None].long()
         self.k.scatter_(2, at[..., None].expand_as(k), k)
         self.v.scatter_(2, at[..., None].expand_as(v), v)
@@ -92,14 +114,20 @@ class FixedDense(DenseStore, Fixed):
         self.replayed()
         return self
 
+    def _kernels(self) -> ModuleType | None:
+        """The kernel that appends in one launch, where it serves: entries in text order without weights."""
+        plain = self.pos is None and self.bias is None and (self.seen_now.is_contiguous() and self.now.is_contiguous())
+        kernels = fused.pages(self.k) if plain else None
+        return kernels if kernels is not None and kernels.appends(self.k, self.v) else None
+
     def replayed(self) -> None:
-        self.count = [c + 1 for c in self.count]
+        self.count, self._said = [c + 1 for c in self.count], None
 
     def counted(self) -> object:
         return list(self.count)
 
     def recount(self, counted: object) -> None:
-        self.count = list(counted)  # type: ignore[call-overload]
+        self.count, self._said = list(counted), None  # type: ignore[call-overload]
 
     def loose(self) -> DenseStore:
         """The same entries as an ordinary store, which may grow; this one must not be used afterwards."""
@@ -107,7 +135,8 @@ class FixedDense(DenseStore, Fixed):
 
     def view(self) -> KV:
         # A copy of the lengths: views handed out earlier stay what they were.
-        return KV(self.k, self.v, "dense", self.k.shape[2], len=self.now.clone(), pos=self.pos, bias=self.bias)
+        lens = self.now.clone() if self._said is None else self._said
+        return KV(self.k, self.v, "dense", self.k.shape[2], len=lens, pos=self.pos, bias=self.bias)
 
     def fork(self) -> DenseStore:
         return self.loose().fork()
@@ -115,11 +144,11 @@ class FixedDense(DenseStore, Fixed):
     def truncate(self, n: int) -> None:
         super().truncate(n)
         # New tensors: graphs over the old ones are done with, since what methods remembered went with the entries.
-        self.now, self.seen_now = self.now - n, self.seen_now - n
+        self.now, self.seen_now, self._said = self.now - n, self.seen_now - n, None
 
     def reorder(self, index: Tensor) -> None:
         super().reorder(index)
-        rows = index.to(self.k.device)
+        rows, self._said = index.to(self.k.device), None
         self.now, self.seen_now = self.now.index_select(0, rows), self.seen_now.index_select(0, rows)
 
 

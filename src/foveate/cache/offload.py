@@ -1,15 +1,16 @@
 """OffloadStore: keys and values in host memory, whatever device computes. What a step reads goes to the device.
 
 On the CPU it is a `DenseStore` with room set aside. With another device, planning a decode step takes place on the host,
-next to the keys, and `fetch` copies the entries its plan names, and no others, to the device in one piece; `whole` lends
-a layer's entries to the device for a prompt. Version 1: sink and recent entries are fetched like all others, and copies
-wait for each other.
+next to the keys, and `fetch` copies the entries its plan names, and no others, to the device in one piece. What the last
+step fetched stays there (`Near`), so that only what is named anew is copied, from pinned memory and without a wait of the
+host. `whole` lends a layer's entries to the device for a prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,12 +18,13 @@ from torch import Tensor
 from .. import lists
 from ..errors import CacheError, ConfigError, ShapeError
 from ..kv import KV
-from ..layout import Layout
+from ..layout import Layout, Parts
 from ..methods.base import Selection
 from .dense import DenseStore
 from .store import Store
 
 HOST = torch.device("cpu")
+NONE = 1 << 62  # no entry has this number
 
 
 class OffloadStore(DenseStore):
@@ -33,6 +35,10 @@ class OffloadStore(DenseStore):
     """
 
     kind: ClassVar[str] = "offload"
+
+    def __init__(self, k: Tensor, v: Tensor, lens: list[int], pos: Tensor | None = None, bias: Tensor | None = None):
+        super().__init__(k, v, lens, pos, bias)
+        self.near = Near()
 
     @staticmethod
     def empty(k: Tensor, v: Tensor, reserve: int = 0) -> OffloadStore:
@@ -59,6 +65,14 @@ class OffloadStore(DenseStore):
             raise CacheError(f"selection: storage 'offload' holds one rectangle, this one needs storage {store.kind!r}")
         return self._of(store)
 
+    def truncate(self, n: int) -> None:
+        super().truncate(n)
+        self.near.clear()  # other entries will have these numbers
+
+    def reorder(self, index: Tensor) -> None:
+        super().reorder(index)
+        self.near.clear()
+
     def fork(self) -> OffloadStore:
         return self._of(super().fork())
 
@@ -73,13 +87,111 @@ class OffloadStore(DenseStore):
 
 
 # ---------------------------------------------------------------------- from the host to the device
+class Near:
+    """The entries that the last step fetched, on the device: most of them are named again by the next one.
+
+    Attributes:
+        names: int64 `[B, U, C]` on the host, entries of each list, ascending, padded with a number beyond all entries.
+        k, v: `[B, U, C, D]` and `[B, U, C, Dv]` on the device. copied: entries that came from the host so far.
+    """
+
+    def __init__(self) -> None:
+        self.names: Tensor | None = None
+        self.k: Tensor
+        self.v: Tensor
+        self.copied = 0
+
+    def clear(self) -> None:
+        self.names = None
+        self.__dict__.pop("k", None)
+        self.__dict__.pop("v", None)
+
+    def fetch(self, kv: KV, entries: Tensor, count: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Keys `[B, U, C, D]` and values of entries int64 `[B, U, C]`, the first `count` `[B, U]` of each list, on `device`.
+
+        U is a multiple of the kv heads of `kv`, which lies on the host; lists are ascending. Padding has no meaning.
+        """
+        b, u, c = entries.shape
+        live = torch.arange(c) < count[..., None]
+        names = entries.masked_fill(~live, NONE)
+        old = self.names
+        if old is not None and (old.shape[:2] != (b, u) or self.k.device.type != torch.device(device).type):
+            old = None
+        if old is None or old.shape[2] == 0:
+            got = self._copy(kv, entries, device)
+            self.copied += int(count.sum())
+        else:
+            at = torch.searchsorted(old, names).clamp(max=old.shape[2] - 1)
+            known = live & (old.gather(2, at) == names)
+            fresh = live & ~known
+            wide = int(fresh.sum(-1).max())
+            where = torch.where(known, at, old.shape[2] + fresh.cumsum(-1) - 1).masked_fill(~live, 0)
+            near: tuple[Tensor, ...] = (self.k, self.v)
+            if wide:
+                order = fresh.byte().sort(dim=-1, descending=True, stable=True).indices[..., :wide]
+                more = self._copy(kv, entries.gather(2, order), device)
+                near = tuple(torch.cat(pair, 2) for pair in zip(near, more, strict=True))
+                self.copied += int(fresh.sum())
+            index = _send(where, device)[..., None]
+            got = tuple(t.gather(2, index.expand(b, u, c, t.shape[3])) for t in near)
+        self.names, self.k, self.v = names, got[0], got[1]
+        return self.k, self.v
+
+    @staticmethod
+    def _copy(kv: KV, entries: Tensor, device: torch.device | str) -> tuple[Tensor, ...]:
+        b, u, _ = entries.shape
+        parts = kv.gather(entries.reshape(b, kv.shape[1], -1))  # the lists of a kv head side by side
+        return tuple(_send(t.reshape(b, u, -1, t.shape[-1]), device) for t in parts)
+
+
+def _send(t: Tensor, device: torch.device | str) -> Tensor:
+    """t on the device. A GPU reads it from pinned memory when its stream gets there: the host goes on."""
+    if torch.device(device).type != "cuda":
+        return t.to(device)
+    return t.pin_memory().to(device, non_blocking=True)
+
+
+def bring(states: Iterable[Any], device: torch.device) -> None:
+    """What methods remember in these dicts, on `device`: prompts run where the model is, decode steps beside the keys."""
+    for state in states:
+        for name in list(state):
+            state[name] = _moved(state[name], device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device).as_subclass(type(value))
+    if isinstance(value, dict):
+        for name in list(value):
+            value[name] = _moved(value[name], device)
+    elif isinstance(value, (list, tuple)):
+        return type(value)(_moved(part, device) for part in value)
+    elif type(value).__module__.startswith("foveate.") and hasattr(value, "__dict__"):
+        for name, part in vars(value).items():
+            object.__setattr__(value, name, _moved(part, device))
+    return value
+
+
+def fetch_parts(kv: KV, parts: Parts, device: torch.device | str) -> Parts:
+    """The same for several softmaxes: every part with keys, values and queries of its own on the device."""
+    out = []
+    for part in parts.parts:
+        if part.kv is None:
+            near, plan = fetch(kv, part.layout, device)
+        else:
+            near, plan = whole(part.kv, device), part.layout.to(device)
+        q, gate = (None if t is None else t.to(device) for t in (part.q, part.gate))
+        out.append(replace(part, layout=plan, kv=near, q=q, gate=gate))
+    return replace(parts, parts=tuple(out))
+
+
 def whole(kv: KV, device: torch.device | str) -> KV:
     """All entries of a view on `device`: for a prompt, whose layer holds them no longer than it computes."""
     names = ("k", "v", "len", "table", "offsets", "pos", "bias")
     return replace(kv, **{name: t.to(device) for name in names if (t := getattr(kv, name)) is not None})
 
 
-def fetch(kv: KV, layout: Layout, device: torch.device | str) -> tuple[KV, Layout]:
+def fetch(kv: KV, layout: Layout, device: torch.device | str, held: Near | None = None) -> tuple[KV, Layout]:
     """The entries that a plan of one query a row names, and a layout that sees all of them.
 
     Attention of the same queries over the two results is that over `kv` and `layout`. The new view has a kv head for each
@@ -88,6 +200,7 @@ def fetch(kv: KV, layout: Layout, device: torch.device | str) -> tuple[KV, Layou
 
     Args:
         kv: any view on the host. layout: a plan over it, its tensors on the host. device: where to attend.
+        held: what the last step fetched of the same store, brought up to date.
     """
     b, h, n, m = layout.shape
     if m != kv.capacity or b != kv.shape[0]:
@@ -103,11 +216,13 @@ def fetch(kv: KV, layout: Layout, device: torch.device | str) -> tuple[KV, Layou
         entries, count = (lists.repeat_heads(t, h) for t in (entries, count))
         units = h
     near = entries.reshape(b, g, -1)  # the lists of a kv head side by side
-    k, v = (t.reshape(b, units, -1, t.shape[-1]) for t in kv.gather(near))
-    pos, bias = (None if t is None else t.gather(2, near).view(entries.shape) for t in (kv.positions(), kv.bias))
+    k, v = (Near() if held is None else held).fetch(kv, entries, count, device)
+    pos, bias = (
+        None if t is None else _send(t.gather(2, near).view(entries.shape), device) for t in (kv.positions(), kv.bias)
+    )
     at = layout.query_positions(kv)[..., 0].amax(1, keepdim=True)
-    seen = KV.dense(k, v, len=count.to(torch.int32), pos=pos, bias=bias)
-    return whole(seen, device), Layout.dense(b, h, 1, seen.capacity, causal=layout.causal, q_pos=at).to(device)
+    seen = KV.dense(k, v, len=_send(count.to(torch.int32), device), pos=pos, bias=bias)
+    return seen, Layout.dense(b, h, 1, seen.capacity, causal=layout.causal, q_pos=at).to(device)
 
 
 def _named(kv: KV, layout: Layout) -> tuple[Tensor, Tensor]:

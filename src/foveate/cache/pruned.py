@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import CacheError
 from ..kv import KV
 from ..methods.base import Selection
+from ..packed import PackedKV, Thinned
 from .rows import Rows, blank, front, join, put
 from .select import check as check
 from .store import SLACK, Store, room
@@ -23,8 +24,9 @@ class ChannelStore:
     entry but the last `dense` of each row; what comes later is whole until the next one. The first set of channels
     stays: what older entries have lost could not be brought back for another.
 
-    `view` scatters the pruned keys into zeros, a dense copy of the keys for as long as the attention call lasts: memory
-    is saved at rest, time is not. Rows may differ in length, the kv heads of a row may not.
+    `view` is a `PackedKV`: a dense step multiplies the channels that are left, everything else scatters the pruned keys
+    into zeros, a dense copy for as long as the attention call lasts. Rows may differ in length, the kv heads of a row may
+    not.
     """
 
     kind: ClassVar[str] = "channels"
@@ -82,20 +84,21 @@ class ChannelStore:
         return self
 
     def view(self) -> KV:
-        m, held = self.count.most, self.held
-        if self.done.most == 0:
-            k = self.tail[:, :, :m]
-        else:
-            spare = 0 if self.done.even and held.even else 1
-            out = self.tail.new_zeros(*self.tail.shape[:2], m + spare, self.tail.shape[3])
-            index = self.channels.long()[:, :, None].expand_as(self.few)
-            out[:, :, : self.few.shape[2]].scatter_(3, index, self.few)
-            put(out, self.done, self.tail[:, :, : held.most], held)
-            k = out[:, :, :m]
-        lens = None
-        if not self.count.even:
-            lens = self.count.there().int()[:, None].expand(k.shape[0], k.shape[1]).contiguous()
-        return KV(k, self.v[:, :, :m], "dense", m, len=lens, pos=self.pos, bias=self.bias)
+        m, done, held = self.count.most, self.done, self.held
+        few, channels, tail, v = self.few, self.channels.long(), self.tail[:, :, : held.most], self.v[:, :, :m]
+        b, g, _, d = tail.shape
+        lens = None if self.count.even else self.count.there().int()[:, None].expand(b, g).contiguous()
+        if done.most == 0:
+            return KV(tail, v, "dense", m, len=lens, pos=self.pos, bias=self.bias)
+
+        def make() -> tuple[Tensor, Tensor]:
+            out = tail.new_zeros(b, g, m + (0 if done.even and held.even else 1), d)
+            out[:, :, : few.shape[2]].scatter_(3, channels[:, :, None].expand_as(few), few)
+            put(out, done, tail, held)
+            return out[:, :, :m], v
+
+        packed = Thinned(few, channels, tail, v, done.there(), done.most if done.even else None)
+        return PackedKV.over(packed, make, tail, v.shape[3], m, len=lens, pos=self.pos, bias=self.bias)
 
     def select(self, selection: Selection) -> Store:
         """Drop what is not selected and, if the selection names channels, prune all but the newest entries."""

@@ -6,6 +6,7 @@ that channels of large keys do not spoil the others; a group of values is `group
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..errors import CacheError, ConfigError
 from ..kv import KV
 from ..methods.base import Selection
+from ..packed import Coded, CodedPair, PackedKV
 from .codes import Codes
 from .rows import Rows, blank, drop, front, join, put
 from .select import check as check
@@ -53,6 +55,18 @@ class Side:
         put(out, done, self.tail[:, :, : held.most], held)
         return out[:, :, :m]
 
+    def still(self) -> Side:
+        """What is stored now, whatever is added later: entries already coded are never written again."""
+        out = copy.copy(self)
+        out.packed = copy.copy(self.packed)
+        return out
+
+    def coded(self) -> Coded:
+        """The same for attention over codes."""
+        p = self.packed
+        tail = self.tail[:, :, : self.held.most]
+        return Coded(p.codes, p.scale, p.low, tail, p.done.there(), p.bits, p.group, p.by)
+
     def tensors(self) -> dict[str, Tensor]:
         return {**self.packed.tensors(), "tail": self.tail}
 
@@ -68,8 +82,9 @@ class QuantisedStore:
     n - residual values are; the others, and every token of a prompt until it is over, are as they came.
 
     Quantising happens before a single token is appended and when a policy selects, never inside a prompt: so a prompt
-    attends to itself exactly, whole or in chunks, and token by token gives what the prompt at once gives. `view` makes
-    a dense copy in the entries' dtype, one layer's worth of memory for as long as the attention call lasts.
+    attends to itself exactly, whole or in chunks, and token by token gives what the prompt at once gives. `view` is a
+    `PackedKV`: a dense step reads codes, everything else a dense copy in the entries' dtype, one layer's worth of memory
+    for as long as the attention call lasts.
 
     Rows may differ in length, the kv heads of a row may not. Entries can be evicted only before they are quantised.
     """
@@ -138,11 +153,16 @@ class QuantisedStore:
         return (self.keys, count.map(lambda n: n // r * r)), (self.values, count.map(lambda n: (n - r) * (n > r)))
 
     def view(self) -> KV:
-        k, v = self.keys.view(), self.values.view()
+        like, m = self.keys.tail, self.count.most
         lens = None
         if not self.count.even:
-            lens = self.count.there().int()[:, None].expand(k.shape[0], k.shape[1]).contiguous()
-        return KV(k, v, "dense", self.count.most, len=lens, pos=self.pos, bias=self.bias)
+            lens = self.count.there().int()[:, None].expand(like.shape[:2]).contiguous()
+        if 16 in self.rule[:2] or self.values.packed.done.most == 0:
+            return KV(self.keys.view(), self.values.view(), "dense", m, len=lens, pos=self.pos, bias=self.bias)
+        keys, values = self.keys.still(), self.values.still()
+        pair = CodedPair(keys.coded(), values.coded(), values.held.most)
+        make = lambda: (keys.view(), values.view())  # noqa: E731
+        return PackedKV.over(pair, make, like, self.values.tail.shape[3], m, len=lens, pos=self.pos, bias=self.bias)
 
     def select(self, selection: Selection) -> Store:
         """Quantise, after dropping the entries that are not selected, none of which may be quantised already."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..combine import join_lse, merge
 from ..errors import ConfigError, ShapeError, UnsupportedError, nearest
 from ..kv import KV
 from ..layout import Layout, Parts
-from . import sdpa, torch_gather
+from ..packed import PackedKV
+from . import fa4, sdpa, torch_gather
 from .base import Want
 
 BACKENDS = {
@@ -25,12 +28,17 @@ BACKENDS = {
     "flex": "foveate.kernels.flex",
     "triton": "foveate.kernels.triton",
     "gluon": "foveate.kernels.gluon",
+    "fa4": "foveate.kernels.fa4",
+    "packed": "foveate.kernels.packed",
 }
-# Tried in this order; the first without a reason against it runs. `reference` is never chosen: it costs N x M.
+# Tried in this order; the first without a reason against it runs. `reference` is never chosen: it costs N x M,
+# nor is `fa4` forward: what it serves `gluon` serves too, and `gluon` is faster there.
 AUTO = {"cpu": ("sdpa", "flex", "torch"), "cuda": ("gluon", "sdpa", "triton", "torch")}
 # Backward passes of their own, tried in order on the device (or for the backend) named; `torch` differentiates the rest.
+# One with `backward_pays` is taken on a device only where that says so: where it was measured to be the fastest.
 _TRITON = ("foveate.kernels.triton.backward", "foveate.kernels.triton.tokens_backward")
-BACKWARD = {"cuda": _TRITON, "triton": _TRITON}
+_FA4 = ("foveate.kernels.fa4",)
+BACKWARD = {"cuda": _FA4 + _TRITON, "triton": _TRITON, "fa4": _FA4 + _TRITON}
 _KINDS = ("dense", "paged", "ragged")
 _KV_FIELDS = ("len", "table", "offsets", "pos")
 
@@ -57,7 +65,12 @@ def explain(
     view = KV.of(kv)
     _check(q, view, layout)
     layout = Layout.dense(*_dims(q, view)) if layout is None else layout
-    return [Choice(n, _reason(n, q, view, layout, want or Want())) for n in AUTO.get(q.device.type, ("torch",))]
+    return [Choice(n, _reason(n, q, view, layout, want or Want())) for n in _auto(q, view)]
+
+
+def _auto(q: Tensor, kv: KV) -> tuple[str, ...]:
+    names = AUTO.get(q.device.type, ("torch",))
+    return ("packed", *names) if isinstance(kv, PackedKV) and kv.packed is not None else names
 
 
 def _reason(name: str, q: Tensor, kv: KV, layout: Layout, want: Want) -> str | None:
@@ -76,7 +89,7 @@ def choose(q: Tensor, kv: KV, layout: Layout, want: Want, name: str | None = Non
             raise UnsupportedError(f"backend {name!r} cannot serve this call: {why}")
         return module
     reasons = []
-    for candidate in AUTO.get(q.device.type, ("torch",)):
+    for candidate in _auto(q, kv):
         why = _reason(candidate, q, kv, layout, want)
         if why is None:
             return backend(candidate)
@@ -146,8 +159,8 @@ def _check(q: Tensor, kv: KV, plan: Layout | Parts | None) -> None:
         raise ShapeError(f"q: expected the head dim of k, {d}, got {q.shape[-1]}")
     if min(q.shape) == 0 or m == 0:
         raise ShapeError(f"expected at least one query and one key, got q {list(q.shape)} and M = {m}")
-    if q.dtype != kv.k.dtype:
-        raise ShapeError(f"q: expected the dtype of k, {kv.k.dtype}, got {q.dtype}")
+    if q.dtype != kv.dtype:
+        raise ShapeError(f"q: expected the dtype of k, {kv.dtype}, got {q.dtype}")
     if q.device != kv.device:
         raise ShapeError(f"q: expected the device of k, {kv.device}, got {q.device}")
     if not q.dtype.is_floating_point:
@@ -207,12 +220,35 @@ def _attend(q, kv, layout, scale, want_lse, want_mass, softcap, name):  # type: 
     want = Want(lse=want_lse, mass=want_mass, grad=grad, softcap=cap > 0)
     if not grad and not torch.compiler.is_compiling():
         return _forward(q, kv, layout, scale, cap, want, name)
-    if name in (None, "auto", "sdpa") and sdpa.supports(q, kv, layout, want) is None:
+    if (
+        name in (None, "auto", "sdpa")
+        and sdpa.supports(q, kv, layout, want) is None
+        and (name == "sdpa" or not _fa4_trains(q, kv, layout))
+    ):
         # Plain PyTorch: autograd and the compiler see through it, and dense training gets PyTorch's own backward.
-        return sdpa.forward(q, kv, layout, scale=scale, softcap=cap, want=want)
+        with _cudnn_first(q, layout):
+            return sdpa.forward(q, kv, layout, scale=scale, softcap=cap, want=want)
     pack, meta = _pack(kv, layout), _meta(kv, layout)
     out, lse, mass = _operator(q, kv.k, kv.v, kv.bias, pack, meta, scale, cap, name or "auto", want_lse or grad, want_mass)
     return out, lse if want_lse else None, mass.detach() if want_mass else None
+
+
+def _fa4_trains(q: Tensor, kv: KV, layout: Layout) -> bool:
+    """Dense training goes through the operator below where FlashAttention-4 is the fastest backward pass."""
+    if q.device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return fa4.backward_pays(q, kv, layout) and fa4.backward_supports(q, kv, layout, 0.0) is None
+
+
+def _cudnn_first(q: Tensor, layout: Layout) -> AbstractContextManager[object]:
+    """Long dense training on Hopper: cuDNN before PyTorch's own choice, since it is 1.6 times faster there."""
+    _, _, n, m = layout.shape
+    if torch.compiler.is_compiling() or q.device.type != "cuda" or n != m or n < fa4.PAYS:
+        return nullcontext()
+    if torch.cuda.get_device_capability(q.device)[0] != 9:
+        return nullcontext()
+    order = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    return sdpa_kernel(list(order), set_priority=True)
 
 
 def _forward(q, kv, layout, scale, cap, want, name):  # type: ignore[no-untyped-def]
@@ -276,13 +312,16 @@ def _fake(q, k, v, bias, index, meta, scale, softcap, backend, want_lse, want_ma
 
 def _backward_module(q: Tensor, kv: KV, layout: Layout, softcap: float, name: str) -> ModuleType:
     """The first backward pass without a reason against it. Those who name `torch` or the oracle get `torch`'s."""
-    key = name if name in ("triton", "torch", "reference") else q.device.type
+    key = name if name in ("triton", "fa4", "torch", "reference") else q.device.type
     for path in BACKWARD.get(key, ()):
         try:
             module = importlib.import_module(path)
         except ImportError:
             continue
-        if module.backward_supports(q, kv, layout, softcap) is None:
+        pays = getattr(module, "backward_pays", None)
+        if (pays is None or name == module.NAME or pays(q, kv, layout)) and (
+            module.backward_supports(q, kv, layout, softcap) is None
+        ):
             return module
     return torch_gather
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..lists import compact, trim
+from ..lists import compact
 from ..scores.keys import pieces, read_keys
 from ..select import top_k
 from .base import AttnInput, LayerState, Method, Rope, Selection, State, option
@@ -59,7 +59,7 @@ class ExpectedAttention(Method):
             gather(state.layer, x.rope.unrotate(x.q[:, :, rows].float(), x.q_pos[:, rows])[0])
 
     def compress(self, x: AttnInput, state: State) -> Selection | None:
-        m = int(x.kv.lengths().max())
+        m = x.kv.longest()
         keep = self.capacity if self.capacity is not None else int(m * (1 - self.ratio) + 1e-6)
         keep = max(keep, self.sink, 1)
         if m <= keep:
@@ -71,7 +71,7 @@ class ExpectedAttention(Method):
         sinks = exists & (x.kv.positions() < self.sink)
         score = self.scores(x, state.layer, exists & ~sinks)
         index, count = compact(top_k(score, keep, valid=exists, forced=sinks))
-        return Selection(trim(index, count).long(), count.long())
+        return Selection(index[..., :keep].long(), count.long())
 
     def scores(self, x: AttnInput, stats: LayerState, live: Tensor) -> Tensor:
         """fp32 `[1, G, M]`: the score of each live entry."""

@@ -5,16 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
 from ..layout import Layout
-from ..scores.divergence import jensen_shannon
+from ..scores.heads import head_blocks
 from ..scores.pairs import union
-from ..scores.pooled import block_logits, block_pool, pool_keys
-from ..scores.probes import Probe, last_queries, needed
-from ..select import top_k
+from ..scores.pooled import block_pool, pool_keys
+from ..scores.probes import last_queries
 from .base import AttnInput, Method, State, option
 from .search import Knob
 
@@ -63,9 +58,20 @@ class FlexPrefill(Method):
         offset, nk = x.offset(size), -(-m // size)
         probe = last_queries(x.q, x.kv, size, scale=x.scale, softcap=x.softcap)
         kbar = pool_keys(x.kv, size)[:, :, :nk]
-        columns = block_pool(probe.columns[..., :m, None] / probe.rows, size, "sum")[..., 0]
-        aware = self._trusts_pooling(x, kbar, columns)
-        col, diag = self._vertical_slash(probe, columns, aware, m)
+        most = nk if self.max_budget is None else min(-(-self.max_budget // size), nk)
+        col, diag, aware = head_blocks(
+            probe,
+            x.q[:, :, -size:].mean(2, dtype=kbar.dtype),
+            kbar,
+            m,
+            self.gamma,
+            tau=self.tau,
+            least=min(-(-self.min_budget // size), most),
+            most=most,
+            block=size,
+            scale=x.scale,
+            softcap=x.softcap,
+        )
         qbar = block_pool(x.q, size, offset=offset)
         tiles, count = union(
             col,
@@ -89,39 +95,3 @@ class FlexPrefill(Method):
             tiles=tiles,
             tile_count=count,
         )
-
-    def _trusts_pooling(self, x: AttnInput, kbar: Tensor, columns: Tensor) -> Tensor:
-        """bool `[B, H]`: the pooled probe predicts the probability of each key block, `columns`, to within tau."""
-        mean = x.q[:, :, -self.block :].mean(2, keepdim=True, dtype=columns.dtype)
-        estimate = block_logits(mean, kbar, x.scale, x.softcap).softmax(-1)[:, :, 0]
-        return jensen_shannon(estimate, columns) < self.tau
-
-    def _vertical_slash(self, probe: Probe, columns: Tensor, aware: Tensor, m: int) -> tuple[Tensor, Tensor]:
-        """Block columns and block diagonals of each head, bool `[B, H, nk]` twice."""
-        nk, size = columns.shape[-1], self.block
-        most = nk if self.max_budget is None else min(-(-self.max_budget // size), nk)
-        least = min(-(-self.min_budget // size), most)
-        forced = torch.arange(nk, device=columns.device) == 0
-        out = []
-        many = needed(probe, m, self.gamma)
-        for tokens, blocks, extra in (
-            (many[0], columns, 1),
-            (many[1], _block_diagonals(probe.diagonals[..., :m] / probe.rows, size), 2),
-        ):
-            need = tokens // size + extra
-            need = torch.where(aware, least, need.clamp(least, most))
-            out.append(top_k(blocks, need, forced=forced))
-        return out[0], out[1]
-
-
-def _block_diagonals(by_distance: Tensor, size: int) -> Tensor:
-    """Mass by distance `[..., m]` -> by block diagonal `[..., ceil(m / size)]`.
-
-    Rows at all offsets within a block are equally likely: distance D * size + e joins blocks that are D apart for
-    (size - e) / size of them and D + 1 apart for the others.
-    """
-    nk = -(-by_distance.shape[-1] // size)
-    x = pad(by_distance, (0, nk * size - by_distance.shape[-1])).unflatten(-1, (nk, size))
-    over = torch.arange(size, device=x.device) / size
-    near, far = (x * (1 - over)).sum(-1), (x * over).sum(-1)
-    return near + pad(far, (1, -1))

@@ -13,7 +13,7 @@ from ..layout import Layout
 from ..lists import compact, repeat_heads, sort_unique
 from ..reuse import Refresh
 from ..scores.keys import BUDGET, GPU_BUDGET, pieces
-from ..scores.tree import REPRESENTATIVES, Stage, depth, descend, prune
+from ..scores.tree import REPRESENTATIVES, Stage, depth, descend, descend_rows, prune
 from .base import AttnInput, Method, State, option
 
 LIST = "hip.list"
@@ -126,9 +126,11 @@ class HiP(Method):
         n, size, step = x.q.shape[2], self.block_q, 1 if self.stages else self.stride
         last = x.start + n - 1
         block = torch.arange(x.start // size, last // size + 1, device=x.device)
+        ends = ((block + 1) * size).clamp(max=last + 1) - self.window
+        if (lists := self._fused(x, ends[None, None], size, step)) is not None:
+            return self._layout(x, *lists)
         rows = block[:, None] * size + torch.arange(0, size, step, device=x.device)
         rows = rows.clamp(x.start, last)  # [nq, s]: a block that lies partly outside this call searches with what it has
-        ends = ((block + 1) * size).clamp(max=last + 1) - self.window
         many = max(1, last + 1 - self.window)
         keys = 2 * self.groups * self.block_k  # that a search looks at together
         if self.stages:
@@ -151,10 +153,33 @@ class HiP(Method):
         ends = x.kv.lengths()[..., None]  # [B, G, 1]
         if x.kv.pos is None:
             ends = ends - self.window
-        tiles, count = self._search(x, x.q[:, :, :, None], x.q_pos[:, None, :, None], ends, x.kv.capacity)
-        return policy.keep(x, state, LIST, self._layout(x, tiles, count))
+        found = self._fused(x, ends.expand(-1, -1, x.q.shape[2]), 1, 1)
+        found = found or self._search(x, x.q[:, :, :, None], x.q_pos[:, None, :, None], ends, x.kv.capacity)
+        return policy.keep(x, state, LIST, self._layout(x, *found))
 
     # ------------------------------------------------------------------ both
+    def _fused(self, x: AttnInput, ends: Tensor, size: int, step: int) -> tuple[Tensor, Tensor] | None:
+        """What `_search` finds for all blocks of `size` rows of the call, where a kernel does it; ends `[1|B, 1|G, n]`."""
+        if self.stages or x.kv.pos is not None:
+            return None
+        return descend_rows(
+            x.q,
+            x.kv,
+            ends,
+            start=x.start if x.phase == "prefill" else 0,
+            q_pos=None if x.phase == "prefill" else x.q_pos,
+            size=size,
+            step=step,
+            first=self.sink // self.block_k,
+            keep=self.groups,
+            block=self.block_k,
+            tile=self.width,
+            lists=x.groups if self.share == "group" else x.q.shape[1],
+            representative=self.representative,
+            scale=x.scale,
+            softcap=x.softcap,
+        )
+
     def _search(self, x: AttnInput, q: Tensor, q_pos: Tensor, ends: Tensor, many: int) -> tuple[Tensor, Tensor]:
         """First keys of the tiles found before entries `ends` `[B, 1|G, n]`: int32 `[B, Hl, n, T]`, and their counts.
 

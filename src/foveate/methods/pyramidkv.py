@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..lists import compact, trim
+from ..lists import compact
 from ..select import top_k
 from ._voting import Voting
 from .base import AttnInput, Selection, State, option
@@ -65,11 +65,11 @@ class PyramidKV(Voting):
     def compress(self, x: AttnInput, state: State) -> Selection | None:
         seen = x.start + x.q.shape[2]  # of the text: the same schedule in all layers, whatever they have dropped before
         budget = self.window + self.budgets(x.layers, seen)[x.layer]
-        if int(x.kv.lengths().max()) <= budget:
+        if x.kv.longest() <= budget:
             return None
         if (votes := self.votes(x)) is None:
             return None
         (score, recent), exists = votes, x.kv.exists()
         keep = exists & (recent | (x.kv.positions() < self.sink))
         index, count = compact(top_k(score, budget, valid=exists, forced=keep))
-        return Selection(trim(index, count).long(), count.long())
+        return Selection(index[..., :budget].long(), count.long())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..lists import compact, trim
+from ..lists import compact
 from ..select import top_k
 from ._voting import Voting
 from .base import AttnInput, Selection, State, option
@@ -39,12 +39,11 @@ class SnapKV(Voting):
     }
 
     def compress(self, x: AttnInput, state: State) -> Selection | None:
-        length = x.kv.lengths()
-        if int(length.max()) <= self.capacity:
+        if x.kv.longest() <= self.capacity:
             return None
         if (votes := self.votes(x)) is None:
             return None
         (score, recent), exists = votes, x.kv.exists()
         keep = exists & (recent | (x.kv.positions() < self.sink))
         index, count = compact(top_k(score, self.capacity, valid=exists, forced=keep))
-        return Selection(trim(index, count).long(), count.long())
+        return Selection(index[..., : self.capacity].long(), count.long())

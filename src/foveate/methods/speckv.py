@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from ..errors import ConfigError
 from ..layout import Layout
-from ..lists import compact, trim
+from ..lists import compact
 from ..scores.window import group_reduce, pool, row_mass
 from ..select import top_k
 from .base import AttnInput, Method, Selection, State, option
@@ -120,7 +120,7 @@ class SpecKV(Method):
     # ------------------------------------------------------------------ after it
     def compress(self, x: AttnInput, state: State) -> Selection | None:
         length = x.kv.lengths()
-        if self.capacity is None or int(length.max()) <= self.capacity:
+        if self.capacity is None or x.kv.longest() <= self.capacity:
             return None
         exists, pos = x.kv.exists(), x.kv.positions()
         recent = exists & (torch.arange(x.kv.capacity, device=x.device) >= length[..., None] - self.window)
@@ -136,7 +136,7 @@ class SpecKV(Method):
             return None
         keep = recent | (exists & (pos < self.sink))
         index, count = compact(top_k(self._rank(score), self.capacity, valid=exists, forced=keep))
-        return Selection(trim(index, count).long(), count.long())
+        return Selection(index[..., : self.capacity].long(), count.long())
 
     # ------------------------------------------------------------------ scores
     def _mass(self, x: AttnInput, q: Tensor, q_pos: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ class ThinK(Method):
     for all entries of a kv head but the newest `tail_size`; values and tokens that come later are whole. With
     `capacity`, SnapKV (average pooling over 5) first keeps that many entries, as the paper's scripts do; without it
     every token stays. The channels of the first prompt hold for the whole conversation: later prompts lose the same
-    ones. Saves about half of `ratio` of the bytes at rest; attention reads a copy of the keys with zeros in the gaps.
+    ones. Saves about half of `ratio` of the bytes. A dense decode step multiplies the channels that are left; sparse
+    decode methods and prompts read a copy of the keys with zeros in the gaps.
     The published code stores one copy of the keys for each query head and gathers correctly for one batch row only.
     """
 

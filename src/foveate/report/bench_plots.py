@@ -1,4 +1,5 @@
-"""Drawings of kernel benchmarks: throughput against density, estimators against length. SVG text that stands alone."""
+"""Drawings of kernel benchmarks: throughput against density, estimators and speed-ups against length, where time goes.
+SVG text that stands alone."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import hashlib
 import json
 from typing import Any
 
+from ..bench.breakeven import crossing
 from .eval_plots import STYLE
-from .plots import INK, colour, subplots, svg
+from .plots import INK, PALETTE, colour, subplots, svg
 
 BLOCKS = {"gluon": "foveate, Gluon", "fa4": "FlashAttention-4", "triton": "foveate, Triton", "cudnn": "cuDNN, dense"}
 BACKWARD = {
@@ -16,13 +18,18 @@ BACKWARD = {
     "flash": "FlashAttention-2, dense",
     "cudnn": "cuDNN, dense",
 }
+CUT = 2.0  # of dense's time, where bars are cut
 
 
 def drawing(stem: str, data: dict[str, Any]) -> str | None:
     """The drawing of a result file, or None for files without one."""
-    if stem not in _DRAWN:
+    make = _DRAWN.get(stem) or _KINDS.get(data.get("bench", ""))
+    if make is None or not data["rows"]:
         return None
-    text = svg(_DRAWN[stem](data["rows"]))
+    figure = make(data["rows"])
+    if figure is None:
+        return None
+    text = svg(figure)
     at = text.index(">", text.index("<svg")) + 1
     return f"{text[:at]}\n<!-- made from {digest(data)} -->\n{STYLE}{text[at:]}"
 
@@ -94,9 +101,95 @@ def _estimate(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
+def _breakeven(rows: list[dict[str, Any]]) -> Any:
+    """Speed-up over dense against length with the break-even marked, and below it where the time goes at the longest."""
+    phases = list(dict.fromkeys(r["params"]["phase"] for r in rows))
+    most = max(len({r["impl"] for r in rows if r["params"]["phase"] == p}) for p in phases)
+    figure, axes = subplots(2, len(phases), (5.4 * len(phases), 4.6 + 0.42 * most))
+    for i, phase in enumerate(phases):
+        mine = [r for r in rows if r["params"]["phase"] == phase]
+        axes[i].set_title(phase, loc="left", fontsize=10, color=INK)
+        _speedups(axes[i], mine)
+        longest = max(r["params"]["n"] for r in mine)
+        last = [r for r in mine if r["params"]["n"] == longest and "plan_ms" in r["params"]]
+        _times(axes[len(phases) + i], [(r["impl"], r["params"], r["params"]["dense_median"]) for r in last])
+        axes[len(phases) + i].set_title(f"{longest / 1024:g}K tokens", loc="left", fontsize=10, color=INK)
+    return figure
+
+
+def _speedups(axis: Any, rows: list[dict[str, Any]]) -> None:
+    lengths = sorted({r["params"]["n"] for r in rows})
+    axis.axhline(1.0, color=colour(0), lw=1.2, ls=(0, (4, 3)))
+    for i, impl in enumerate(dict.fromkeys(r["impl"] for r in rows), 1):
+        points = sorted((r["params"]["n"], r["params"]["speedup"]) for r in rows if r["impl"] == impl)
+        at = crossing(points)
+        style = dict(color=PALETTE[1 + (i - 1) % (len(PALETTE) - 1)], marker="os^D"[(i - 1) // (len(PALETTE) - 1) % 4])
+        said = "never up to here" if at is None else f"from {at:,}"
+        axis.plot(*zip(*points, strict=True), lw=1.6, ms=3, label=f"{_cut(impl)}: {said}", **style)
+        if at is not None:
+            axis.plot([at], [max(1.0, points[0][1]) if at == points[0][0] else 1.0], **style, ms=8, mfc="none", mew=1.6)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{n / 1024:g}K" for n in lengths])
+    axis.set_xticks([], minor=True)
+    axis.set_yscale("log", base=2)
+    values = [r["params"]["speedup"] for r in rows]
+    ticks = [t for t in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16) if min(values) / 1.5 < t < max(values) * 1.5]
+    axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axis.set_xlabel("tokens; a ring marks the break-even")
+    axis.set_ylabel("speed-up over dense")
+    axis.legend(fontsize=7, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(0.0, -0.2))
+
+
+def _prefill(rows: list[dict[str, Any]]) -> Any:
+    """Where the time of prefill attention goes, a panel a length, fastest first."""
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    found = {}
+    for case in cases:
+        own = [r for r in rows if r["case"] == case]
+        dense = next((r["ms"]["median"] for r in own if r["impl"] == "dense, cuDNN"), None)
+        if dense is not None:
+            found[case] = [(r["impl"], r["params"], dense) for r in own if "plan_ms" in r["params"]]
+    if not found:
+        return None
+    tall = max(len(bars) for bars in found.values())
+    figure, axes = subplots(1, len(found), (6.2 * len(found), 1.2 + 0.24 * tall))
+    for axis, (case, bars) in zip(axes, found.items(), strict=True):
+        bars.sort(key=lambda b: b[1]["plan_ms"] + b[1]["attend_ms"])
+        _times(axis, bars)
+        axis.set_title(case, loc="left", fontsize=10, color=INK)
+    return figure
+
+
+def _times(axis: Any, bars: list[tuple[str, dict[str, Any], float]]) -> None:
+    """(name, its `plan_ms` and `attend_ms`, milliseconds of dense) as stacked bars in shares of dense; long ones are cut."""
+    places = range(len(bars))
+    plan = [p["plan_ms"] / dense for _, p, dense in bars]
+    rest = [p["attend_ms"] / dense for _, p, dense in bars]
+    axis.barh(places, plan, color=PALETTE[2], height=0.66, label="estimate and select")
+    axis.barh(places, rest, left=plan, color=PALETTE[1], height=0.66, label="attend")
+    end = min(CUT, 1.15 * max([1.0, *(a + b for a, b in zip(plan, rest, strict=True))]))
+    for place, (a, b) in enumerate(zip(plan, rest, strict=True)):
+        inside = a + b > 0.9 * end
+        text = dict(xytext=(-4 if inside else 4, -3), textcoords="offset points", color="#fff" if inside else INK)
+        axis.annotate(f"{a + b:.2f}", (min(a + b, end), place), ha="right" if inside else "left", fontsize=7, **text)
+    axis.axvline(1.0, color=colour(0), lw=1.2, ls=(0, (4, 3)))
+    axis.set_yticks(list(places), [_cut(name) for name, _, _ in bars], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlim(0, end)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("time, dense = 1")
+    axis.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
+
+
+def _cut(text: str) -> str:
+    text = text.removeprefix("prefill=").removeprefix("decode=")
+    return text if len(text) <= 44 else text[:41] + "..."
+
+
 def reused(there: str, data: dict[str, Any]) -> bool:
     """Whether `there` was drawn from the same figures."""
     return f"made from {digest(data)} " in there
 
 
 _DRAWN = {"h100_blocks_fa4": _blocks, "h100_backward": _backward, "h100_estimate": _estimate}
+_KINDS = {"breakeven": _breakeven, "prefill attention": _prefill}

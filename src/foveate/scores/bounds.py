@@ -5,6 +5,7 @@ Tang et al. 2024, "Quest: Query-Aware Sparsity for Efficient Long-Context LLM In
 
 from __future__ import annotations
 
+import weakref
 from types import ModuleType
 
 import torch
@@ -31,9 +32,12 @@ class Bounds:
         self.data: Tensor | None = None  # [B, G, pages, 2D]: maxima, then minima, side by side for one product
         self.done = 0  # entries of the longest row that are covered
         self.len: Tensor | None = None  # int [B, G] entries covered, where rows or heads differ
+        self._fresh: weakref.ref[Tensor] | None = None  # the lengths of a view that is covered already, see `joined`
 
     def update(self, kv: KV) -> None:
         """Cover all entries of `kv`. The view must continue the one of the last call (same rows, entries appended)."""
+        if self._fresh is not None and kv.len is not None and self._fresh() is kv.len:
+            return
         m, pages = kv.capacity, -(-kv.capacity // self.page)
         if self.data is not None and tuple(self.data.shape[:2]) != kv.shape[:2]:
             raise ShapeError(f"kv: expected the {list(self.data.shape[:2])} rows and kv heads these bounds were built for")
@@ -98,7 +102,23 @@ class Bounds:
         return index * self.page, count
 
     # ------------------------------------------------------------------ with the cache
+    def joins(self, k: Tensor) -> tuple[Tensor, Tensor, int] | None:
+        """(data, entries covered, entries a page) for a store that appends to keys k `[B, G, size, D]` and brings these
+        bounds up to date in the same launch; it says so by `joined`. None where they cannot: another size, or nothing yet.
+        """
+        data, pages = self.data, -(-k.shape[2] // self.page)
+        if data is None or self.len is None or self.done != k.shape[2] or data.dtype != k.dtype:
+            return None
+        if data.shape[:2] != k.shape[:2] or data.shape[2] < pages or data.shape[3] != 2 * k.shape[3]:
+            return None
+        return (data, self.len, self.page) if data.is_contiguous() and self.len.is_contiguous() else None
+
+    def joined(self, length: Tensor) -> None:
+        """A view whose `len` is this very tensor is covered: `update` has nothing to do for it."""
+        self._fresh = weakref.ref(length)
+
     def truncate(self, n: int) -> None:
+        self._fresh = None
         self.done = max(0, self.done - n)
         self.len = None if self.len is None else (self.len - n).clamp(min=0)
 
@@ -109,6 +129,7 @@ class Bounds:
         return out
 
     def reorder(self, index: Tensor) -> None:
+        self._fresh = None
         if self.data is not None:
             self.data = self.data.index_select(0, index.to(self.data.device))
         if self.len is not None:

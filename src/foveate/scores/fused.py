@@ -25,6 +25,36 @@ def rows(t: Tensor) -> ModuleType | None:
     return None if estimates(t) is None else _usable("estimate_rows_launch", t)
 
 
+def trees(t: Tensor) -> ModuleType | None:
+    """The kernel of tree searches (`kernels/triton/estimate_tree_launch.py`), likewise."""
+    return None if estimates(t) is None else _usable("estimate_tree_launch", t)
+
+
+def windows(t: Tensor) -> ModuleType | None:
+    """The kernels of attention mass by key (`kernels/triton/estimate_window_launch.py`), likewise."""
+    return None if estimates(t) is None else _usable("estimate_window_launch", t)
+
+
+def lowbit(t: Tensor) -> ModuleType | None:
+    """The kernels of 4-bit logits (`kernels/triton/estimate_lowbit_launch.py`), likewise."""
+    return None if estimates(t) is None else _usable("estimate_lowbit_launch", t)
+
+
+def stripes(t: Tensor) -> ModuleType | None:
+    """The kernels of anchors and stripes (`kernels/triton/estimate_stripes_launch.py`), likewise."""
+    return None if estimates(t) is None else _usable("estimate_stripes_launch", t)
+
+
+def heads(t: Tensor) -> ModuleType | None:
+    """The kernels of a probe's blocks (`kernels/triton/estimate_heads_launch.py`), likewise."""
+    return None if estimates(t) is None else _usable("estimate_heads_launch", t)
+
+
+def codes(t: Tensor) -> ModuleType | None:
+    """The kernel that appends to a quantised store (`kernels/triton/quantised_append.py`), likewise."""
+    return _usable("quantised_append", t)
+
+
 def _usable(name: str, t: Tensor) -> ModuleType | None:
     if t.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn.functional import pad
 
 from .. import lists
 from ..kv import KV
+from . import fused
 from .keys import BUDGET, GPU_BUDGET, pieces, read_keys
 
 SHARES = ("fragment", "token", "exact")
@@ -94,8 +96,12 @@ def relative_blocks(
 
     Returns:
         First keys of these blocks, int32 `[1, Hl, nq, T]`, ascending, padded with the row's last; counts int32
-        `[1, Hl, nq]`. Costs N x M products, holds a bounded piece of them; waits for the device once a piece of rows.
+        `[1, Hl, nq]`. Costs N x M products and holds a bounded piece of them, kernels a bit for each pair of blocks. Waits
+        for the device once a piece of rows; kernels once, and not at all up to 32K tokens.
     """
+    kernels = fused.lowbit(q)
+    if kernels is not None and kernels.selects(q, kv.k, grid.block_q, grid.block_k, share):
+        return _by_bits(kernels, q, kv, log_tau, grid, start, scale, softcap, share, bits, group)
     (_, h, n, d), g, bq = q.shape, kv.shape[1], grid.block_q
     r, m, first = h // g, start + n, start // bq
     nq, acc = (m - 1) // bq - first + 1, torch.promote_types(q.dtype, torch.float32)
@@ -118,10 +124,8 @@ def relative_blocks(
             rows = q[0, heads, max(0, begin) : end].to(acc).unflatten(0, (g1 - g0, r))
             rows = pad(rows, (0, 0, max(0, -begin), max(0, end - n)))
             real = (pos >= start) & (pos < m)
-            bar = anchor_lse(rows, k, block, grid, scale, softcap).flatten(-2) + log_tau[heads].to(acc).view(-1, r, 1)
-            if softcap:  # the estimate is not capped: compare it with what the cap maps to the threshold
-                bar = softcap * torch.atanh((bar / softcap).clamp(-1, 1))  # infinite where the cap is never or always above
-            bar = torch.where(real, bar, BIG).clamp(-BIG, BIG)
+            lse = anchor_lse(rows, k, block, grid, scale, softcap).flatten(-2)
+            bar = _bar(lse, log_tau[heads].to(acc).view(-1, r, 1), real, softcap)
             rows = torch.where(real[:, None], rows - mean[:, :, None], 0)
             rows = rows if share == "exact" else low_bit(rows, query_peaks(rows, share), bits)
             which = torch.eye(r, dtype=acc, device=q.device)[:, None].expand(g1 - g0, r, len(pos), r)
@@ -132,6 +136,50 @@ def relative_blocks(
         out.append(_join(mine, 1))
     tiles, counts = _join(out, 0)
     return tiles[None], counts[None]
+
+
+def _bar(lse: Tensor, log_tau: Tensor, real: Tensor, softcap: float | None) -> Tensor:
+    """What an estimate must exceed, `[..., rows]`, finite; BIG for rows that are not real."""
+    bar = lse + log_tau
+    if softcap:  # the estimate is not capped: compare it with what the cap maps to the threshold
+        bar = softcap * torch.atanh((bar / softcap).clamp(-1, 1))  # infinite where the cap is never or always above
+    return torch.where(real, bar, BIG).clamp(-BIG, BIG)
+
+
+def _by_bits(
+    kernels: ModuleType,
+    q: Tensor,
+    kv: KV,
+    log_tau: Tensor,
+    grid: Grid,
+    start: int,
+    scale: float,
+    softcap: float | None,
+    share: str,
+    bits: int,
+    group: bool,
+) -> tuple[Tensor, Tensor]:
+    """`relative_blocks` with kernels: a bit for each pair of blocks (32 MiB for 32 heads at 128K), then lists of them."""
+    (_, h, n, d), g, bq, bk = q.shape, kv.shape[1], grid.block_q, grid.block_k
+    r, m, first = h // g, start + n, start // bq
+    block = torch.arange(first, (m - 1) // bq + 1, device=q.device)
+    end = ((block + 1) * bq).clamp(max=m)
+    widest = -(-m // bk)
+    words = torch.empty(1, h, len(block), -(-widest // 32), dtype=torch.int32, device=q.device)
+    pos = torch.arange(first * bq, first * bq + len(block) * bq, device=q.device)
+    real, sizes = (pos >= start) & (pos < m), (bq, grid.sink, grid.window, grid.segment)
+    mean = kernels.means(q[0])
+    for g0, g1 in pieces(g, m * d, kernels.HELD):
+        heads = slice(g0 * r, g1 * r)
+        k, some = read_keys(kv, g0, g1)[0, :, :m], q[0, heads]
+        centre = None if softcap else kernels.means(k)
+        lse = kernels.local_sums(some, k, centre, sizes, start=start, scale=scale, softcap=softcap)
+        bar = _bar(lse, log_tau[heads, None].float(), real, softcap)
+        args = dict(start=start, scale=scale, share=share, bits=bits)
+        kernels.block_bits(some, k, centre, mean[heads], bar, words[0, heads], sizes, bk, **args)
+    local = grid.local(block)
+    spans = torch.stack([torch.full_like(end, grid.sink).minimum(local), local, end + bk - 1], 1) // bk
+    return kernels.bit_lists(words, spans.int(), g if group else h, widest, bk)  # type: ignore[no-any-return]
 
 
 def _join(parts: list[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:

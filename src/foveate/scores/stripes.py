@@ -8,9 +8,12 @@ from `local` blocks before its group to itself; the others before its group are 
 Cost per query head of N rows over N keys, in the dtype of q. Anchors: N (init + local + step / 2) block numbers, each D
 multiply-adds and about 4 bytes (written, read once). Stripes: N^2 / (2 block) numbers, each D multiply-adds and about 10
 bytes. 32 heads of 128 at 128K tokens, blocks of 128, groups of 16: 1.4 TFLOP and 22 GB, then 0.6 TFLOP and 21 GB.
+Kernels keep these numbers in registers and write a bit for each far key of a group (33 MB there).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from torch.nn.functional import pad
 
 from .. import lists
 from ..kv import KV
+from . import fused
 from .antidiagonal import WIDE
 from .keys import BUDGET, pieces, read_keys
 from .pooled import block_pool
@@ -44,6 +48,11 @@ def anchors(
     """
     (b, h, n, d), g, device = q.shape, kv.shape[1], q.device
     r, m, first, offset = h // g, start + n, start // block, start % block
+    kernels = fused.stripes(q)
+    if kernels is not None and kernels.finds(block, step, kv.k):
+        grid = dict(start=start, block=block, step=step, init=init, local=local, scale=scale, softcap=softcap)
+        found = [kernels.anchors(q[:, g0 * r : g1 * r], k, **grid) for g0, g1, k in _keys(kv, m, q)]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
     nq = -(-(n + offset) // block)
     nk, far = first + nq, min(init * block, m)
     budget = budget or (WIDE if q.is_cuda else BUDGET)
@@ -110,7 +119,7 @@ def stripes(
 
     Returns:
         (int32 `[B, Hl, groups, C]`, ascending, padded with anything in range; counts int32 `[B, Hl, groups]`). Waits for the
-        device once a piece of memory.
+        device once a piece of memory; kernels once, and not at all up to 32K tokens of 32 heads.
     """
     (b, h, n, d), g, device = q.shape, kv.shape[1], q.device
     r, first, offset = h // g, start // block, start % block
@@ -118,6 +127,18 @@ def stripes(
     groups = -(-(first + nq) // step) - group0
     budget = budget or (WIDE if q.is_cuda else BUDGET)
     mean = (block_pool(q, block, offset=offset) * scale).to(q.dtype)
+    kernels = fused.stripes(q)
+    if kernels is not None and kernels.finds(block, step, kv.k):
+        grid = dict(first=first, block=block, step=step, init=init, local=local, softcap=softcap)
+        bits = []
+        for g0, g1, k in _keys(kv, start + n, q):
+            heads = slice(g0 * r, g1 * r)
+            bits.append(kernels.stripe_bits(mean[:, heads], limit[:, heads], k, groups, **grid))
+        words = bits[0] if len(bits) == 1 else torch.cat(bits, 1)
+        end = ((torch.arange(group0, group0 + groups, device=device) * step - local) * block).clamp(min=0)
+        spans = torch.stack([torch.zeros_like(end), end, end], 1).int()
+        most = max(1, ((group0 + groups - 1) * step - local) * block)
+        return kernels.bit_lists(words, spans, g if group else h, most, 1)  # type: ignore[no-any-return]
     before, after = first - group0 * step, (group0 + groups) * step - first - nq  # blocks of these groups without a row
     mean = pad(mean, (0, 0, before, after)).unflatten(1, (g, r)).unflatten(3, (groups, step))
     limit = pad(limit, (before, after), value=float("inf")).unflatten(1, (g, r)).unflatten(3, (groups, step))
@@ -144,3 +165,11 @@ def stripes(
     wide = max(t.shape[-1] for row in index for t in row)
     each = [torch.cat([pad(t, (0, wide - t.shape[-1])) for t in row], 2) for row in index]
     return torch.cat(each, 1), torch.cat([torch.cat(row, 2) for row in counts], 1)
+
+
+def _keys(kv: KV, m: int, q: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """The first m keys in the dtype of q, for kernels: (g0, g1, `[B, g1 - g0, m, D]`), views where the storage allows it."""
+    b, g, _, d, _ = kv.shape
+    there = kv.kind == "dense" and kv.k.dtype == q.dtype
+    for g0, g1 in pieces(g, 1 if there else b * m * d):
+        yield g0, g1, read_keys(kv, g0, g1)[:, :, :m].to(q.dtype)

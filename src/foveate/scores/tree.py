@@ -16,6 +16,7 @@ from torch import Tensor
 from ..kv import KV
 from ..lists import repeat_heads
 from ..select import top_indices
+from . import fused
 
 REPRESENTATIVES = ("center", "first", "last")
 
@@ -80,6 +81,49 @@ def descend(
         start, size = start.gather(-1, index.long()), size.gather(-1, index.long())
         size = torch.where(g < count[..., None], size, 0)
     return start, size > 0
+
+
+def descend_rows(
+    q: Tensor,
+    kv: KV,
+    ends: Tensor,
+    *,
+    start: int,
+    q_pos: Tensor | None,
+    size: int,
+    step: int,
+    first: int,
+    keep: int,
+    block: int,
+    tile: int,
+    lists: int,
+    representative: str,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """`descend` for each block of `size` rows of a call, where a kernel computes it straight from q; else None.
+
+    Args:
+        q: `[B, H, N, D]`, rows from position `start` on. Each search has every `step`-th row of a block of the grid from
+            position 0; of a row outside the call it takes the nearest one inside. H / lists neighbouring heads search
+            together.
+        ends: int `[B or 1, E, n]` for the n blocks of the call, E a divisor of `lists`: blocks from number `first` up to
+            the one with entry end - 1 are searched.
+        q_pos: int64 `[B, N]`, text positions of the rows; None: start, start + 1, ..
+        tile: keys of an aligned tile, a multiple of `block`: what is found is widened to whole tiles, each listed once.
+        keep, block, representative: as in `descend`.
+
+    Returns:
+        (first keys of the tiles, int32 `[B, lists, n, keep]`, ascending, padded with the last; counts int32). Needs a few
+        MiB beside them; nothing waits for the device.
+    """
+    rows = -(-size // step) * (q.shape[1] // lists)
+    if (kernels := fused.trees(q)) is None or not kernels.descents(q, kv, rows, keep, block):
+        return None
+    tree = dict(size=size, step=step, first=first, keep=keep, block=block, tile=tile, lists=lists)
+    how = dict(representative=representative, scale=scale, softcap=softcap)
+    found: tuple[Tensor, Tensor] = kernels.descend(q, kv, ends, start=start, q_pos=q_pos, **tree, **how)
+    return found
 
 
 def block_maxima(

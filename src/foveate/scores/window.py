@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 from ..kv import KV
 from ..lists import repeat_heads
+from . import fused
 from .keys import pieces, read_keys
 
 
@@ -29,7 +30,8 @@ def row_mass(
     """Probability each entry receives from a row of q, reduced over the rows: fp32 `[B, H, M]`.
 
     The softmax of a row runs over all entries it sees (position <= its own). Keys are read piece by piece, twice where the
-    scores of all keys do not fit at once; nothing waits for the device.
+    scores of all keys do not fit at once; nothing waits for the device. On a GPU two kernels do this for dense storage, in
+    tiles.
 
     Args:
         q: `[B, H, w, D]`. kv: a view of M entries; `kv.bias` is part of the logit. q_pos: int `[B, w]`, text positions.
@@ -38,6 +40,9 @@ def row_mass(
         lse: `[B, H, w]` over all visible entries where attention has returned it; computed here otherwise.
     """
     b, h, w, _ = q.shape
+    if (kernels := fused.windows(q)) is not None and kernels.masses(q, kv):
+        mass: Tensor = kernels.row_mass(q, kv, q_pos, reduce=reduce, weight=weight, scale=scale, softcap=softcap, lse=lse)
+        return mass
     exists, pos, keys = kv.exists(), kv.positions(), read_keys(kv, 0, kv.shape[1])
     grouped = q.float().unflatten(1, (kv.shape[1], -1))
     ranges = list(pieces(kv.capacity, b * h * w))
@@ -78,7 +83,9 @@ def window_mass(
     exclude: bool `[B, G, M]`, entries whose mass is reported as 0; rows see them none the less.
     """
     out = row_mass(q, kv, q_pos, reduce="sum", scale=scale, softcap=softcap, lse=lse)
-    return out if exclude is None else out.masked_fill(repeat_heads(exclude, q.shape[1]), 0.0)
+    if exclude is not None:
+        out.unflatten(1, (exclude.shape[1], -1)).masked_fill_(exclude[:, :, None], 0.0)  # in place: M numbers a head
+    return out
 
 
 def group_reduce(score: Tensor, groups: int, how: str) -> Tensor:

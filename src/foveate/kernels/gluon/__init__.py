@@ -1,13 +1,17 @@
-"""Prefill forward on Hopper GPUs, in Gluon (Triton's low-level dialect): aligned tiles and dense layouts, D 64 or 128.
+"""Prefill forward on Hopper GPUs, in Gluon (Triton's low-level dialect), at D 64 or 128.
 
-`kernel.py` is the kernel, `prepare.py` turns a Layout into its lists, `launch.py` calls it, `shim.py` holds what depends
-on the version of Triton. None of these is imported before a call that this backend could serve, so that a machine
+It serves tiles and single keys per query block, sink + window, and dense layouts.
+
+`kernel.py` is the kernel with its consumers, `feed.py` its producer, `columns.py` the gather of single keys, `masks.py`
+the masks; `prepare.py` turns a Layout into its lists, `launch.py` calls it, `shim.py` holds what depends on the version
+of Triton. None of these is imported before a call that this backend could serve, so that a machine
 without Triton or without a GPU gets a reason instead of an error.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import cache
 
 import torch
@@ -38,6 +42,8 @@ def supports(q: Tensor, kv: KV, layout: Layout, want: Want) -> str | None:
         return "it returns no mass and has no softcap"
     if (why := _unserved_layout(layout)) is not None:
         return why
+    if (why := _unpaired(layout, kv.shape[1])) is not None:
+        return why
     if kv.kind != "dense":
         return f"it reads dense storage, not {kv.kind}"
     if kv.len is not None or kv.bias is not None:
@@ -57,20 +63,39 @@ def _unserved_layout(layout: Layout) -> str | None:
     b, h, n, m = layout.shape
     if layout.q_pos is not None and layout.causal:
         return "query positions are not the last N"
-    if max(n, m, b * h * -(-n // 128)) > LONGEST:
+    if max(n, m, b * h * -(-n // 64)) > LONGEST:
         return f"more than {LONGEST} rows, keys or tiles"
-    if layout.full:
-        return None if n >= 128 else f"{n} query rows leave most of its 128-row tiles empty"
-    if layout.has_rule:
-        return "it has no static rules (sink, window, stride)"
-    if layout.entries is not None or layout.columns is not None or layout.diagonals is not None:
-        return "it walks tiles, not single entries or factored parts"
-    if layout.tiles is None:
+    if layout.full or layout.has_rule:
+        return _unserved_rule(layout) if n >= 128 else f"{n} query rows leave most of its 128-row tiles empty"
+    if layout.columns is not None or layout.diagonals is not None:
+        return "it walks lists of each query block, not factored parts"
+    if layout.tiles is None and layout.entries is None:
         return "the layout names nothing"
-    if layout.block_q != 128 or layout.q_offset:
-        return f"it has query blocks of 128 rows from row 0, not {layout.block_q} from {-layout.q_offset}"
-    if layout.tile_width not in (64, 128):
+    if layout.block_q not in (64, 128) or layout.q_offset:
+        return f"it has query blocks of 128 rows (or 64) from row 0, not {layout.block_q} from {-layout.q_offset}"
+    if layout.tiles is not None and layout.tile_width not in (64, 128):
         return f"it has tiles of 64 and 128 keys, not {layout.tile_width}"
+    return None
+
+
+def _unserved_rule(layout: Layout) -> str | None:
+    if layout.full:
+        return None
+    if layout.has_lists:
+        return "it has static rules (sink, window) or lists, not both"
+    if layout.stride is not None:
+        return "its static rules are sink and window, not strides"
+    return None if layout.causal else "its static rules are causal"
+
+
+def _unpaired(layout: Layout, g: int) -> str | None:
+    """Lists of 64-row blocks: a tile takes two neighbouring heads, which must share K, V and the lists."""
+    if layout.full or not layout.has_lists or layout.block_q == 128:
+        return None
+    h = layout.shape[1]
+    lead = math.lcm(*(t.shape[1] for t in (layout.tiles, layout.entries) if t is not None))
+    if h // g % 2 or h // lead % 2:
+        return "query blocks of 64 rows want lists that an even number of the heads of a group share"
     return None
 
 

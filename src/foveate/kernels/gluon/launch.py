@@ -25,9 +25,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, work: Work, scale: floa
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     args, options = arguments(q, k, v, out, lse, layout, work, scale)
-    tiles = q.shape[0] * q.shape[1] * -(-q.shape[2] // BLOCK_Q)
-    attend_kernel[(min(tiles, _multiprocessors(q.device)),)](*args, **options)
+    attend_kernel[(min(grid(q, work), _multiprocessors(q.device)),)](*args, **options)
     return out, lse
+
+
+def grid(q: Tensor, work: Work) -> int:
+    """Tiles of a call: 128 rows of a head, or 64 rows of two."""
+    return q.shape[0] * q.shape[1] * -(-q.shape[2] // work.block) * work.block // BLOCK_Q
 
 
 def arguments(
@@ -36,16 +40,18 @@ def arguments(
     """(positional arguments, constexpr arguments and launch options) of `attend_kernel`, for `readable` tensors."""
     b, h, n, d = q.shape
     g, m = k.shape[1], k.shape[2]
-    pair = not layout.full and layout.tile_width == 64
-    rows, keys = [1, 1, 64, d], [1, 1, 64, 64] if pair else [1, 1, 128, d]
-    nq = -(-n // BLOCK_Q)
+    rows, keys = [1, 1, 64, d], [1, 1, 64, 64] if work.pair else [1, 1, 128, d]
+    nq = -(-n // work.block)
+    cols = work.columns is not None
+    steps = [s // 8 for t in (k, v) for s in t.stride()[:3]] if cols else [0] * 6  # 16 bytes: what a thread copies
     args = [
         _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(out, rows), lse, work.counter,
-        work.tiles, work.plan, *work.strides(), work.share, scale * math.log2(math.e), b * h * nq, h, g, nq, n, m,
+        work.tiles, work.plan, work.columns if cols else work.tiles, k, v, *work.strides(), *steps, work.share,
+        scale * math.log2(math.e), grid(q, work), h, g, nq, n, m,
     ]  # fmt: skip
     options = dict(
-        FLAT=shared_layout([64, d], DTYPES[q.dtype]), CAUSAL=layout.causal, DENSE=layout.full, PAIR=pair, D=d,
-        STAGES=2 if d == 128 else 4, num_warps=4, maxnreg=168, enable_fp_fusion=True,
+        FLAT=shared_layout([64, d], DTYPES[q.dtype]), CAUSAL=layout.causal, DENSE=layout.full, PAIR=work.pair, COLS=cols,
+        RULE=work.rule, BLOCK=work.block, D=d, STAGES=2 if d == 128 else 4, num_warps=4, maxnreg=168, enable_fp_fusion=True,
     )  # fmt: skip
     return args, options
 

@@ -1,6 +1,6 @@
-"""From a Layout to what the kernel reads: the lists as they are, a plan of two int32 per row, and a tile counter.
+"""From a Layout to what the kernel reads: the lists as they are, a plan of a few int32 per row, and a tile counter.
 
-One small launch, no host synchronisation. The lists themselves are not copied: the kernel walks them backwards.
+One small launch, no host synchronisation. The lists themselves are not copied: the kernel walks them where they lie.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import Layout
+from ...lists import same_lead
 
 BLOCK_Q = 128
 
@@ -23,27 +24,43 @@ class Work:
 
     Attributes:
         counter: int32 `[1]`, 0: tiles handed out.
-        tiles: int32 `[B|1, Hl, NQ, T]`, last axis contiguous (dense layouts: unread).
+        tiles: int32 `[B|1, Hl, NQ, T]`, last axis contiguous (dense layouts and rules: unread).
         plan: int32 `[B|1, Hl, NQ, 2]`: entries that hold a visible key; steps, from the last entry on, that need a mask.
+            With columns `[.., 4]`: .., columns that some row sees, whole steps of them that every row sees. Of a rule
+            `[B|1, Hl, 1, 2]`: window, sink.
         share: query heads served by one list.
+        columns: int32 `[B|1, Hl, NQ, C]`, last axis contiguous, or None.
+        pair: steps take two tiles of 64 keys. rule: the plan holds a rule.
+        block: rows of a query block, 128 or 64; a tile of 64-row blocks takes two heads.
     """
 
     counter: Tensor
     tiles: Tensor
     plan: Tensor
     share: int
+    columns: Tensor | None = None
+    pair: bool = False
+    rule: bool = False
+    block: int = BLOCK_Q
 
-    def strides(self) -> tuple[int, int, int, int]:
-        """Of batch row, list and query block in `tiles`, and of a batch row in pairs of `plan` (0: shared)."""
-        b, hl, nq, _ = self.plan.shape
+    def strides(self) -> tuple[int, ...]:
+        """Of batch row, list and query block in `tiles`, of a batch row in rows of `plan`, and of batch row, list and
+        query block in `columns` (0: shared)."""
+        many = int(self.plan.shape[0] > 1)
+        hl, nq = self.plan.shape[1:3]
+        of = [0, 0, 0] if self.columns is None else self.columns.stride()[:3]
         sb, sh, sq = self.tiles.stride()[:3]
-        return (sb, sh, sq, hl * nq) if b > 1 else (0, sh, sq, 0)
+        return many * sb, sh, sq, many * hl * nq, many * of[0], of[1], of[2]
 
 
 @triton.jit
-def plan_kernel(tiles, counts, plan, counter, sb, sh, sq, cb, ch, cq, HL, NQ, N, M,
-                WIDTH: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """One program a list. A step holds 128 // WIDTH entries; in an odd list the last entry is a step of its own."""
+def plan_kernel(tiles, counts, cols, col_counts, plan, counter, sb, sh, sq, cb, ch, cq, eb, eh, eq, fb, fh, fq, HL, NQ, N, M,
+                WIDTH: tl.constexpr, CAUSAL: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
+                CHUNK: tl.constexpr):  # fmt: skip
+    """One program a list. A step holds 128 // WIDTH entries; in an odd list the last entry is a step of its own.
+
+    Columns (COLS): those that no row sees are not used, and whole steps of 128 that every row sees need no mask.
+    """
     pid = tl.program_id(0)
     block = pid % NQ
     head = (pid // NQ) % HL
@@ -53,8 +70,8 @@ def plan_kernel(tiles, counts, plan, counter, sb, sh, sq, cb, ch, cq, HL, NQ, N,
     common = M  # keys before it are seen by every row of the block, keys from `close` on by none
     close = M
     if CAUSAL:
-        common = tl.minimum(M - N + block * 128 + 1, M)
-        close = M - N + tl.minimum(block * 128 + 128, N)
+        common = tl.minimum(M - N + block * BLOCK + 1, M)
+        close = M - N + tl.minimum(block * BLOCK + BLOCK, N)
     lane = tl.arange(0, CHUNK)
     used = 0
     bare = count  # entries before the first that needs a mask
@@ -72,29 +89,70 @@ def plan_kernel(tiles, counts, plan, counter, sb, sh, sq, cb, ch, cq, HL, NQ, N,
         steps = tl.where(odd == 1, 1 + hidden // 2, (hidden + 1) // 2)
     else:
         steps = hidden
-    tl.store(plan + pid * 2, used)
-    tl.store(plan + pid * 2 + 1, tl.maximum(steps, 1))
+    PLAN: tl.constexpr = 4 if COLS else 2
+    tl.store(plan + pid * PLAN, used)
+    tl.store(plan + pid * PLAN + 1, tl.maximum(steps, 1))
+    if COLS:
+        row = cols + b.to(tl.int64) * eb + head.to(tl.int64) * eh + block.to(tl.int64) * eq
+        count = tl.load(col_counts + b.to(tl.int64) * fb + head * fh + block * fq)
+        seen = 0
+        whole = 0
+        for lo in range(0, count, CHUNK):
+            key = tl.load(row + lo + lane, mask=lo + lane < count, other=2147483647)
+            seen += tl.sum((key < close).to(tl.int32), 0)
+            whole += tl.sum((key < common).to(tl.int32), 0)
+        tl.store(plan + pid * PLAN + 2, seen)
+        tl.store(plan + pid * PLAN + 3, whole // 128)
     if pid == 0:
         tl.store(counter, 0)
 
 
 def prepare(layout: Layout, device: torch.device) -> Work:
-    """The kernel's view of a layout that `supports` accepted. Launches one kernel (dense: one memset)."""
+    """The kernel's view of a layout that `supports` accepted. Launches one kernel (dense, rule: one or two tiny ones)."""
     _, h, n, m = layout.shape
-    if layout.full:
+    if layout.full or layout.has_rule:
         zero = torch.zeros((1, 1, 1, 1), dtype=torch.int32, device=device)
-        return Work(zero, zero, zero, 1)
-    tiles, counts = layout.tiles, layout.tile_count
-    assert tiles is not None and counts is not None
-    if tiles.shape[-1] == 0:
-        tiles = tiles.new_zeros((*tiles.shape[:-1], 1))
-    if tiles.stride(-1) != 1:
-        tiles = tiles.contiguous()
+        return Work(zero, zero, zero, 1) if layout.full else rule(layout, zero)
+    tiles, counts, columns, column_counts = lists(layout)
     b, hl, nq = counts.shape
-    plan = torch.empty((b, hl, nq, 2), dtype=torch.int32, device=device)
-    work = Work(torch.empty(1, dtype=torch.int32, device=device), tiles, plan, h // hl)
+    cols = columns is not None
+    plan = torch.empty((b, hl, nq, 4 if cols else 2), dtype=torch.int32, device=device)
+    pair = layout.tiles is not None and layout.tile_width == 64
+    counter = torch.empty(1, dtype=torch.int32, device=device)
+    work = Work(counter, tiles, plan, h // hl, columns, pair, block=layout.block_q)
+    columns, column_counts = (columns, column_counts) if cols else (tiles, counts)
+    assert columns is not None and column_counts is not None
     plan_kernel[(b * hl * nq,)](
-        tiles, counts, plan, work.counter, *tiles.stride()[:3], *counts.stride(), hl, nq, n, m,
-        WIDTH=layout.tile_width, CAUSAL=layout.causal, CHUNK=128, num_warps=1,
+        tiles, counts, columns, column_counts, plan, counter, *tiles.stride()[:3], *counts.stride(),
+        *columns.stride()[:3], *column_counts.stride(), hl, nq, n, m, WIDTH=64 if pair else 128, CAUSAL=layout.causal,
+        COLS=cols, BLOCK=layout.block_q, CHUNK=128, num_warps=1,
     )  # fmt: skip
     return work
+
+
+def rule(layout: Layout, zero: Tensor) -> Work:
+    """A layout that is a window and a sink and nothing else; either may be absent."""
+    none = zero.view(1, 1)
+    window, sink = (none if t is None else t for t in (layout.window, layout.sink))
+    plan = torch.stack(same_lead(window, sink), -1)[:, :, None]
+    return Work(zero, zero, plan, layout.shape[1] // plan.shape[1], rule=True)
+
+
+def lists(layout: Layout) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(tiles, counts, columns, column counts) of a layout of tiles, single keys or both, with one leading shape."""
+    tiles, counts, columns, column_counts = layout.tiles, layout.tile_count, layout.entries, layout.entry_count
+    if columns is None or column_counts is None:
+        assert tiles is not None and counts is not None
+        return _row(tiles), counts, None, None
+    if tiles is None or counts is None:
+        counts = torch.zeros_like(column_counts)
+        tiles = counts[..., None]
+    tiles, counts, columns, column_counts = same_lead(tiles, counts, columns, column_counts)
+    return _row(tiles), counts, _row(columns), column_counts
+
+
+def _row(index: Tensor) -> Tensor:
+    """`index` with a contiguous last axis that holds something."""
+    if index.shape[-1] == 0:
+        return index.new_zeros((*index.shape[:-1], 1))
+    return index if index.stride(-1) == 1 else index.contiguous()

@@ -20,6 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 __all__ = [
     "TensorDescriptor",
     "as_blocks",
+    "as_floats",
     "compile_sm90",
     "fence_async_shared",
     "gl",
@@ -79,3 +80,46 @@ def compile_sm90(fn, args, options):  # type: ignore[no-untyped-def]
     opts, signature, constexprs, attrs = fn._pack_args(backend, options, bound, spec, opts)
     source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constexprs, attrs)
     return triton.compile(source, target=target, options=opts.__dict__)
+
+
+# ---------------------------------------------------------------------- gathers by cp.async (columns.py)
+from triton.experimental.gluon.language.nvidia.ampere import async_copy  # noqa: E402
+
+__all__ += ["as_rows", "copy_async", "copy_commit", "copy_wait"]
+
+copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+copy_commit = async_copy.commit_group
+copy_wait = async_copy.wait_group
+
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def as_rows(buf, COUNT: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, LAYOUT: gl.constexpr):
+        """A shared buffer seen as COUNT blocks `[COUNT, ROWS, COLS]` of a layout."""
+        return buf.reinterpret(buf.dtype, [COUNT, ROWS, COLS], LAYOUT)
+
+else:
+
+    @gluon.jit
+    def as_rows(buf, COUNT: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, LAYOUT: gl.constexpr):
+        """A shared buffer seen as COUNT blocks `[COUNT, ROWS, COLS]` of a layout."""
+        return buf._reinterpret(buf.dtype, [COUNT, ROWS, COLS], LAYOUT)
+
+
+# ---------------------------------------------------------------------- the backward pass
+# Rows of fp32, pairs of columns shifted from row to row so that the accumulators of a warp meet in few banks.
+_FLOATS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def as_floats(buf, COUNT: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr):
+        """A shared buffer seen as COUNT blocks of fp32 `[ROWS, COLS]`."""
+        return buf.reinterpret(gl.float32, [COUNT, ROWS, COLS], _FLOATS)
+
+else:
+
+    @gluon.jit
+    def as_floats(buf, COUNT: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr):
+        """A shared buffer seen as COUNT blocks of fp32 `[ROWS, COLS]`."""
+        return buf._reinterpret(gl.float32, [COUNT, ROWS, COLS], _FLOATS)

@@ -3,7 +3,8 @@
 Two passes, each of which owns what it writes, so that two runs give the same bits. The pass over queries (`dq_kernel`)
 also computes delta = rowsum(dout * out) - dlse, since the probability is the derivative of the lse too. The pass over
 keys (`dkdv_kernel`) walks inverse lists (`inverse.py`); all query heads of a group add to the same dk and dv in
-registers. Key blocks that very many rows name are cut into items, whose fp32 sums a third kernel adds in order.
+registers. Key blocks that very many rows name are cut into items, whose fp32 sums a third kernel adds in order. On
+Hopper both passes are Gluon kernels (`gluon/backward.py`) where those have no reason against it.
 Probabilities are computed again from the lse (Dao 2023, arXiv 2307.08691, section 3.1).
 """
 
@@ -19,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...kv import KV
 from ...layout import Layout
 from ..base import Want
+from ..gluon import backward as hopper
 from . import inverse, supports
 from .backward_kernels import dkdv_kernel, dq_kernel, join_kernel
 from .config import device
@@ -107,20 +109,31 @@ def backward(
     """Gradients (dq `[B, H, N, D]`, dk `[B, G, M, D]`, dv `[B, G, M, Dv]`, None) for a call that `backward_supports`.
 
     dout `[B, H, N, Dv]` and dlse fp32 `[B, H, N]` are the gradients of both outputs, out and lse those outputs. Sums are
-    fp32; results have the dtype of q. `tiles` replaces the choice of `config` (for measurements).
+    fp32; results have the dtype of q. `tiles` replaces the choice of `config` and of Gluon (for measurements).
     """
     d, dv = kv.shape[3:]
     layout = _blocked(layout)
-    work = Work(q, kv, layout, scale, tiles or config(q, max(d, dv), layout.tile_width))
+    work = Work(
+        q, kv, layout, scale, tiles or config(q, max(d, dv), layout.tile_width),
+        gluon_queries=tiles is None and hopper.why_not_queries(q, kv, layout) is None,
+        gluon_keys=tiles is None and hopper.why_not(q, kv, layout) is None,
+    )  # fmt: skip
     dq = work.queries(dout, dlse, out, lse)
     return dq, *work.keys(dout, work.inverse()), None
 
 
 class Work:
-    """One backward pass in its three steps: `queries`, `inverse`, `keys` (in any order, but queries before keys)."""
+    """One backward pass in its three steps: `queries`, `inverse`, `keys` (in any order, but queries before keys).
 
-    def __init__(self, q: Tensor, kv: KV, layout: Layout, scale: float, tiles: Config):
-        self.q, self.k, self.v, self.layout, self.tiles = q, kv.k, kv.v, layout, tiles
+    gluon_queries, gluon_keys: hand that step to the Gluon kernel; `hopper.why_not_queries` and `why_not` must allow it.
+    """
+
+    def __init__(
+        self, q: Tensor, kv: KV, layout: Layout, scale: float, tiles: Config, *,
+        gluon_queries: bool = False, gluon_keys: bool = False,
+    ):  # fmt: skip
+        self.q, self.k, self.v, self.layout, self.tiles, self.scale = q, kv.k, kv.v, layout, tiles, scale
+        self.gluon_queries, self.gluon_keys = gluon_queries, gluon_keys
         b, h, n, d = q.shape
         _, g, m, _, dv = kv.shape
         lists = layout.tiles
@@ -141,7 +154,8 @@ class Work:
             FULL=layout.full, FP32=q.dtype == torch.float32,
         )  # fmt: skip
         padded = b * h * layout.num_blocks * layout.block_q
-        self.lse2, self.delta = (torch.empty(padded, dtype=torch.float32, device=q.device) for _ in range(2))
+        self.stats = torch.empty(2, padded, dtype=torch.float32, device=q.device)
+        self.lse2, self.delta = self.stats
 
     def queries(self, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor) -> Tensor:
         """dq; leaves lse and delta for `keys`."""
@@ -149,6 +163,10 @@ class Work:
         t = self.tiles.dq
         rows, keys = min(t.rows, self.layout.block_q), min(t.keys, self.layout.tile_width)
         dq = torch.empty(b, h, n, d, dtype=self.q.dtype, device=self.q.device)
+        if self.gluon_queries:
+            lse, dlse = lse.contiguous(), dlse.contiguous()
+            hopper.run_queries(self.q, self.k, self.v, out, dout, lse, dlse, dq, self.stats, self.layout, self.scale)
+            return dq
         dq_kernel[(b * h * self.layout.num_blocks * (self.layout.block_q // rows),)](
             q=_rows(self.q, rows), dout=_rows(dout, rows), k=_rows(self.k, keys), v=_rows(self.v, keys),
             out=out.contiguous(), lse=lse.contiguous(), dlse=dlse.contiguous(), dq=dq, lse2=self.lse2, delta=self.delta,
@@ -172,14 +190,19 @@ class Work:
         grads = [torch.empty(b, g, m, x, dtype=self.q.dtype, device=self.q.device) for x in (d, dv)]
         width = self.d_pad + self.dv_pad
         part = torch.empty(max(1, lists.max_items * lists.keys * width), dtype=torch.float32, device=self.q.device)
-        dkdv_kernel[(lists.max_items + lists.key_blocks * b * g,)](
-            q=_rows(self.q, rows), dout=_rows(dout, rows), k=_rows(self.k, lists.keys), v=_rows(self.v, lists.keys),
-            lse2=self.lse2, delta=self.delta, dk=grads[0], dv=grads[1], part=part, ids=lists.ids, offset=lists.offset,
-            counts=lists.counts, cuts=lists.cuts, items=lists.items, plan=lists.plan, NK=lists.key_blocks,
-            max_items=lists.max_items, ROWS=rows, KEYS=lists.keys, SHARE=lists.share, LISTS=lists.lists,
-            STAGES=t.stages, num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
-            **self.args,
-        )  # fmt: skip
+        if self.gluon_keys:
+            hopper.run_keys(
+                self.q, self.k, self.v, dout, self.stats, grads[0], grads[1], part, self.layout, lists, self.scale
+            )
+        else:
+            dkdv_kernel[(lists.max_items + lists.key_blocks * b * g,)](
+                q=_rows(self.q, rows), dout=_rows(dout, rows), k=_rows(self.k, lists.keys), v=_rows(self.v, lists.keys),
+                lse2=self.lse2, delta=self.delta, dk=grads[0], dv=grads[1], part=part, ids=lists.ids, offset=lists.offset,
+                counts=lists.counts, cuts=lists.cuts, items=lists.items, plan=lists.plan, NK=lists.key_blocks,
+                max_items=lists.max_items, ROWS=rows, KEYS=lists.keys, SHARE=lists.share, LISTS=lists.lists,
+                STAGES=t.stages, num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+                **self.args,
+            )  # fmt: skip
         if lists.max_items:
             step = min(16, lists.keys)
             join_kernel[(lists.max_items, lists.keys // step)](

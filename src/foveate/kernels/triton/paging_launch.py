@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ...kv import KV
 from ...layout import Layout
+from . import append as append_kernel
 from . import paging, walk
 from .config import config, device
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read when the kernels were decorated, as Triton does
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIM = 256
-CHUNK = 16384  # pages that a program holds at once when it selects
+CHUNK, PER_WARP = 16384, 1024  # pages that a program, and each of its warps, holds at once when it selects
 PAGES, STEPS, WARPS, STAGES = 64, 8, 4, 3  # of score_pages: pages of a step (32 KB at D 128), most steps of a program
 SHARE, MORE = 4, 0  # of attend_tiles: programs a multiprocessor, stages beside those of config.py
 
@@ -42,7 +43,37 @@ def _pad(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-# ---------------------------------------------------------------------- page bounds
+# ---------------------------------------------------------------------- a token, page bounds
+def appends(k: Tensor, v: Tensor) -> bool:
+    """Whether `append` writes caches like these, `[B, G, size, D]`."""
+    return usable(k) and usable(v) and k.dtype == v.dtype and k.stride(-1) == v.stride(-1) == 1
+
+
+def append(
+    new_k: Tensor, new_v: Tensor, k: Tensor, v: Tensor, now: Tensor, seen: Tensor, pages: tuple[Tensor, Tensor, int] | None
+) -> Tensor:
+    """Write one token of every row and count it. Returns the new lengths, int32 `[B, G]`, a tensor of its own.
+
+    Args:
+        new_k, new_v: `[B, G, 1, D]`, in the dtype of k and v. k, v: `[B, G, size, D]` with room for it, as `appends`
+            accepts them.
+        now: int32 `[B, G]`, entries so far. seen: int64 `[B]`. Both contiguous; they count the token afterwards.
+        pages: (bounds `[B, G, rows, 2D]`, entries they cover int `[B, G]`, entries a page) to bring up to date, contiguous.
+    """
+    b, g, _, d = k.shape
+    dv = v.shape[-1]
+    new_k, new_v = (t if t.stride(-1) == 1 else t.contiguous() for t in (new_k, new_v))
+    said = torch.empty_like(now)
+    data, covered, width = (None, None, 1) if pages is None else pages
+    append_kernel.append_token[(b * g,)](
+        new_k, new_v, k, v, now, seen, said, data, covered,
+        g, new_k.stride(0), new_k.stride(1), new_v.stride(0), new_v.stride(1),
+        k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), 0 if data is None else data.shape[2],
+        WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), D=d, D_PAD=_pad(d), DV=dv, DV_PAD=_pad(dv), num_warps=4,
+    )  # fmt: skip
+    return said
+
+
 def update(kv: KV, data: Tensor, width: int, covered: Tensor | int) -> None:
     """Bring bounds up to date with the entries of `kv` from `covered` on.
 
@@ -110,7 +141,7 @@ def select(scores: Tensor, keep: int, width: int, length: Tensor | None) -> tupl
     each = 1 if length is None else heads // length.shape[1]
     paging.select_pages[(b * heads,)](
         scores, _tight(length), tiles, count, pages, keep, each,
-        WIDTH=width, CHUNK=chunk, MANY=pages > chunk, num_warps=min(16, max(4, chunk // 1024)),
+        WIDTH=width, CHUNK=chunk, MANY=pages > chunk, num_warps=min(32, max(4, chunk // PER_WARP)),
     )  # fmt: skip
     return tiles, count
 

@@ -1,0 +1,196 @@
+"""Views of entries that a store keeps packed. Attention that can reads them as they are; others read `k` and `v`.
+
+Two packings: `Coded` (2, 4 or 8 bits a number, a recent part as it came) and `Thinned` (a part of the key channels). A
+`PackedKV` is a `KV` like any other, whose dense keys and values are made once something asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kv import KV
+
+
+def unpack(packed: Tensor, bits: int, out: Tensor) -> Tensor:
+    """Bytes `[..., W]` as numbers, written into out `[..., D]` of any dtype: byte j holds channels j, j + W, j + 2W, ..."""
+    wide = packed.shape[-1]
+    for i in range(8 // bits):
+        out[..., i * wide : (i + 1) * wide] = (packed >> (bits * i)) & (2**bits - 1) if bits < 8 else packed
+    return out
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Keys or values whose older part is quantised.
+
+    Attributes:
+        codes: uint8 `[B, G, C, D * bits / 8]`. scale, low: one per group, in the dtype of the entries,
+            `[B, G, C / group, 1, D]` for groups of tokens (by "token"), `[B, G, C, D / group, 1]` for groups of channels
+            (by "channel").
+        done: int64 `[B]`, entries that are in codes. tail: `[B, G, T, D]`, the others: entry e is in slot e - done, or
+            e % ring where `ring` > 0 (then T = ring).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor
+    tail: Tensor
+    done: Tensor
+    bits: int
+    group: int
+    by: str
+    ring: int = 0
+
+    def read(self, lo: int, hi: int, out: Tensor) -> Tensor:
+        """Entries lo..hi as codes have them, into out `[B, G, hi - lo, D]`; for groups of tokens both are multiples of
+        `group`. What was never coded has no meaning."""
+        unpack(self.codes[:, :, lo:hi], self.bits, out)
+        if self.by == "token":
+            rows, wide = slice(lo // self.group, hi // self.group), out.unflatten(2, (-1, self.group))
+        else:
+            rows, wide = slice(lo, hi), out.unflatten(3, (-1, self.group))
+        torch.addcmul(self.low[:, :, rows], wide, self.scale[:, :, rows], out=wide)  # one rounding, not two
+        return out
+
+    def piece(self, lo: int, hi: int) -> Tensor:
+        """Entries lo..hi of the codes `[B, G, hi - lo, D]`, see `read`."""
+        return self.read(lo, hi, self.tail.new_empty(*self.tail.shape[:2], hi - lo, self.tail.shape[3]))
+
+    def at(self, entries: Tensor) -> Tensor:
+        """`[B, G, n, D]`: entries int64 `[B, n]`, coded or not; those that do not exist have no meaning."""
+        slot = entries % self.ring if self.ring else (entries - self.done[:, None]).clamp(0, max(0, self.tail.shape[2] - 1))
+        coded = self.codes.shape[2]
+        if self.tail.shape[2] == 0:
+            late = self.tail.new_zeros(*self.tail.shape[:2], entries.shape[1], self.tail.shape[3])
+        else:
+            late = _pick(self.tail, slot)
+        if coded == 0:
+            return late
+        e = entries.clamp(0, coded - 1)
+        out = unpack(_pick(self.codes, e), self.bits, torch.empty_like(late))
+        if self.by == "token":
+            few = (e // self.group).clamp(max=self.scale.shape[2] - 1)
+            torch.addcmul(_pick(self.low[:, :, :, 0], few), out, _pick(self.scale[:, :, :, 0], few), out=out)
+        else:
+            wide = out.unflatten(3, (-1, self.group))
+            torch.addcmul(_pick(self.low, e), wide, _pick(self.scale, e), out=wide)
+        return torch.where((entries < self.done[:, None])[:, None, :, None], out, late)
+
+    def whole(self, m: int, length: Tensor) -> Tensor:
+        """`[B, G, m, D]`, the first `length` int64 `[B]` entries of each row; the others have no meaning."""
+        b, g, t, d = self.tail.shape
+        out = self.tail.new_zeros(b, g, m + 1, d)
+        coded = min(m, self.codes.shape[2])
+        if self.by == "token":
+            coded = coded // self.group * self.group
+        self.read(0, coded, out[:, :, :coded])
+        e = self.done[:, None] + torch.arange(t, device=out.device)
+        new = _pick(self.tail, e % self.ring) if self.ring else self.tail
+        spot = torch.where(e < length[:, None], e, m)  # what does not exist goes to the spare slot
+        out.scatter_(2, spot[:, None, :, None].expand(b, g, t, d), new)
+        return out[:, :, :m]
+
+
+@dataclass(frozen=True)
+class CodedPair:
+    """Keys and values of a quantised store. No key is coded later than its value: `values.done` <= `keys.done`.
+
+    recent: no row has more than this many entries beyond `values.done`.
+    """
+
+    keys: Coded
+    values: Coded
+    recent: int
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """Keys whose older part has a part of its channels, values whole.
+
+    Attributes:
+        few: `[B, G, P, D']`, keys of the first `done` entries of each row, of the channels int64 `[B, G, D']`.
+        tail: `[B, G, T, D]`, the others: entry e is in slot e - done. v: `[B, G, M, Dv]`.
+        done: int64 `[B]`. even: P where all rows have done = P, else None.
+    """
+
+    few: Tensor
+    channels: Tensor
+    tail: Tensor
+    v: Tensor
+    done: Tensor
+    even: int | None
+
+
+class PackedKV(KV):
+    """A dense view of packed entries. `k` and `v` are made by `make` when first read, and kept with the view.
+
+    Attributes:
+        packed: how the entries are stored, or None for a copy with keys and values of its own.
+    """
+
+    packed: CodedPair | Thinned | None = None
+    _make: Callable[[], tuple[Tensor, Tensor]] | None = None
+    _like: tuple[tuple[int, int, int, int, int], torch.device, torch.dtype]
+
+    @staticmethod
+    def over(
+        packed: CodedPair | Thinned,
+        make: Callable[[], tuple[Tensor, Tensor]],
+        like: Tensor,
+        dv: int,
+        capacity: int,
+        len: Tensor | None = None,
+        pos: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> PackedKV:
+        """make: dense keys `[B, G, capacity, D]` and values. like: any tensor `[B, G, *, D]` of their dtype and device."""
+        out = object.__new__(PackedKV)
+        b, g, _, d = like.shape
+        fields = {
+            "kind": "dense",
+            "capacity": capacity,
+            "len": len,
+            "table": None,
+            "offsets": None,
+            "pos": pos,
+            "bias": bias,
+        }
+        fields |= {"packed": packed, "_make": make, "_like": ((b, g, capacity, d, dv), like.device, like.dtype)}
+        for name, value in fields.items():
+            object.__setattr__(out, name, value)
+        return out
+
+    def __getattr__(self, name: str) -> Any:  # of what is not there yet
+        if name not in ("k", "v") or self._make is None:
+            raise AttributeError(name)
+        for part, t in zip(("k", "v"), self._make(), strict=True):
+            object.__setattr__(self, part, t)
+        return self.__dict__[name]
+
+    @property
+    def made(self) -> bool:
+        """Dense keys and values exist already."""
+        return "k" in self.__dict__
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return self._like[0] if self._make is not None else super().shape
+
+    @property
+    def device(self) -> torch.device:
+        return self._like[1] if self._make is not None else super().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like[2] if self._make is not None else super().dtype
+
+
+def _pick(t: Tensor, index: Tensor) -> Tensor:
+    """Entries `[B, n]` of t `[B, G, *, ...]`, the same for all kv heads."""
+    b, n = index.shape
+    return t.gather(2, index.view(b, 1, n, *[1] * (t.dim() - 3)).expand(b, t.shape[1], n, *t.shape[3:]))
