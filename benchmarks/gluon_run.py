@@ -59,13 +59,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Named:
-    """A layout of `bench.workloads` or a rule: tiles with columns, blocks of 64 rows, sink + window."""
+    """A layout of `bench.workloads`, a rule or a factored layout: tiles with columns, blocks of 64 rows, sink + window,
+    distances with columns."""
 
     n: int
-    kind: str  # "columns", "blocks", "rule"
+    kind: str  # "columns", "blocks", "rule", "factored"
     rows: int = 128
     lists: int = H  # H: own lists per head; G: one per kv head
-    a: int = 96  # tiles; sink
+    a: int = 96  # tiles; sink; distances
     c: int = 900  # columns; window
     density: float = 0.1
     d: int = 128
@@ -77,6 +78,7 @@ class Named:
             "columns": f"{self.a} tiles + {self.c} columns, {self.rows} rows",
             "blocks": f"{self.rows} x 64 {self.density:g}",
             "rule": f"sink {self.a} window {self.c}",
+            "factored": f"diagonals and columns, {self.a} + {self.c}, {self.rows} rows",
         }[self.kind]
         owner = "" if self.kind == "rule" else " per head" if self.lists == H else " per kv head"
         return f"{self.n // 1024}K {what}{owner} d{self.d}"
@@ -84,12 +86,16 @@ class Named:
     def params(self) -> dict[str, object]:
         if self.kind == "rule":
             return {"sink": self.a, "window": self.c}
+        if self.kind == "factored":
+            return {"block_q": self.rows, "width": 64, "lists": self.lists, "distances": self.a, "columns": self.c}
         more = {"tiles": self.a, "columns": self.c} if self.kind == "columns" else {"keep": self.density}
         return {"block_q": self.rows, "width": 64, "lists": self.lists, **more}
 
     def layout(self) -> Layout:
         if self.kind == "rule":
             return Layout.static((B, H, self.n, self.n), sink=self.a, window=self.c, device=DEVICE)
+        if self.kind == "factored":
+            return self._factored()
         if self.kind == "columns":
             made = workloads.tiles_and_columns(
                 self.lists, self.n, tiles=self.a, columns=self.c, block=self.rows, device=DEVICE
@@ -99,6 +105,21 @@ class Named:
                 self.lists, self.n, density=self.density, block_q=self.rows, block_k=64, device=DEVICE
             )
         return replace(made, shape=(B, H, self.n, self.n))
+
+    def _factored(self) -> Layout:
+        """The nearest 100 distances and clusters of further ones, some dense, some thin; columns anywhere."""
+        gen = torch.Generator(DEVICE).manual_seed(0)
+        runs, rest = 48, self.a - 100
+        centre = torch.rand(1, self.lists, runs, 1, device=DEVICE, generator=gen) * self.n
+        size = torch.rand(1, self.lists, runs, 1, device=DEVICE, generator=gen) * 16 * rest / runs
+        step = torch.rand(1, self.lists, runs, 2 * rest // runs, device=DEVICE, generator=gen)
+        far = (centre + size * step).flatten(2).clamp(max=self.n - 1)
+        order = torch.rand(far.shape, device=DEVICE, generator=gen).argsort(-1)[..., :rest]
+        near = torch.arange(100, device=DEVICE).expand(1, self.lists, -1)
+        columns = torch.rand(1, self.lists, self.n, device=DEVICE, generator=gen).topk(self.c, -1).indices
+        diagonals = torch.cat((near, far.gather(-1, order).long()), -1)
+        shape = (B, H, self.n, self.n)
+        return Layout.factored(shape, diagonals=diagonals, columns=columns, block_q=self.rows, validate=False)
 
 
 CASES: list[Case | Named] = [
@@ -113,6 +134,13 @@ CASES: list[Case | Named] = [
     *(Named(32768, "blocks", rows, lists) for rows, lists in ((128, G), (64, G), (64, H))),
     *(Named(32768, "rule", a=a, c=c) for a, c in ((4, 1024), (128, 4096), (1024, 8192))),
     Named(131072, "rule", a=128, c=4096),
+    *(
+        Named(n, "factored", rows, a=a, c=c)
+        for n in (32768, 131072)
+        for a, c in ((6096, 1000), (500, 2000))
+        for rows in (64, 128)
+    ),
+    Named(32768, "factored", 64, a=500, c=2000, d=64),
 ]
 
 
@@ -214,7 +242,8 @@ class NamedProblem:
         def cut(t: torch.Tensor | None) -> torch.Tensor | None:
             return None if t is None else t[:, h * t.shape[1] // H][:, None]
 
-        names = ("tiles", "tile_count", "entries", "entry_count", "sink", "window")
+        names = ("tiles", "tile_count", "entries", "entry_count", "diagonals", "diagonal_count", "columns", "column_count",
+                 "sink", "window")  # fmt: skip
         shape = (B, 1, self.case.n, self.case.n)
         return replace(self.layout, shape=shape, **{name: cut(getattr(self.layout, name)) for name in names})
 
@@ -314,7 +343,7 @@ def implementations(case: Case | Named):
     """Dense implementations join where they do the same work; cuDNN also elsewhere at 32K, as the minute's yardstick."""
     if isinstance(case, Named):
         served = {name: LISTS[name] for name in ("gluon kernel", "gluon", "triton")}
-        return {**served, "cudnn": cudnn} if case.n <= 32768 else served
+        return {**served, "cudnn": cudnn} if case.n <= 32768 or case.kind == "factored" else served
     if case.full:
         return {**LISTS, **DENSE}
     return {**LISTS, "cudnn": cudnn} if case.n <= 32768 else dict(LISTS)
@@ -340,7 +369,7 @@ def poison(p: Problem) -> None:
 
 
 def what(layout: Layout) -> str:
-    parts = [name for name in ("tiles", "entries", "window") if getattr(layout, name) is not None]
+    parts = [name for name in ("tiles", "entries", "diagonals", "columns", "window") if getattr(layout, name) is not None]
     return " + ".join(parts) + (f" of {layout.tile_width}" if layout.tiles is not None else "") or "dense"
 
 
@@ -363,6 +392,17 @@ def tiny() -> None:
             Layout.lists(
                 (1, 2, 333, 333), block_q=128, tile_width=64, tiles=some.tiles, tile_count=some.tile_count, entries=single
             ),
+        ),
+        *(
+            (
+                333,
+                d,
+                Layout.factored(
+                    (1, 2, 333, 333), diagonals=single[:, :, 0, 190:], columns=single[:, :, 1, ::5], block_q=rows
+                ),
+            )
+            for d in (64, 128)
+            for rows in (128, 64)
         ),
         (333, 128, Layout.static((1, 2, 333, 333), sink=3, window=150, device=DEVICE)),
     ):

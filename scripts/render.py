@@ -93,6 +93,11 @@ def figures(found: dict[str, dict[str, Any]]) -> str:
             "TFLOP/s over kept pairs, all in one process:\n\n"
             "![TFLOP/s against density](benchmarks/figures/h100_blocks_fa4.svg)\n\n" + blocks_table(blocks)
         )
+    if (columns := found.get("h100_columns")) is not None:
+        out.append(
+            f"Tiles and single keys (96 tiles of 64 and 900 keys for each block of queries) on one {columns['device']}, the "
+            "same heads; TFLOP/s over kept pairs:\n\n" + columns_table(columns)
+        )
     if (pages := found.get("h100_decode_pages")) is not None:
         out.append(
             f"One decode step of one layer on one {pages['device']}, 32 query and 8 kv heads, D 128, bf16, 2,048 tokens "
@@ -117,6 +122,18 @@ def figures(found: dict[str, dict[str, Any]]) -> str:
             f"{names}:\n\n![Score against density, time and memory](benchmarks/figures/eval_smollm2.svg)"
         )
     return "\n\n".join(out)
+
+
+def columns_table(data: dict[str, Any]) -> str:
+    """TFLOP/s by case, through `attend`."""
+    rows = [r for r in data["rows"] if r["impl"] != "gluon kernel"]
+    title = {"gluon": "foveate gluon", "triton": "foveate triton", "cudnn": "cuDNN, dense"}
+    lines = [f"| case | density | {' | '.join(title.values())} |", "| --- " * (2 + len(title)) + "|"]
+    for case in dict.fromkeys(r["case"] for r in rows):
+        mine = {r["impl"]: r for r in rows if r["case"] == case}
+        cells = [f"{mine[i]['tflops']:.0f}" if i in mine else "-" for i in title]
+        lines.append(f"| {case} | {min(r['density'] for r in mine.values()):.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def decode_table(data: dict[str, Any]) -> str:
@@ -152,11 +169,12 @@ def step_table(data: dict[str, Any]) -> str:
 
 def backward_table(data: dict[str, Any]) -> str:
     """TFLOP/s by case and whole implementation (not its parts)."""
-    rows = [r for r in data["rows"] if r["tflops"] and not r["impl"].startswith(("dq", "dkdv"))]
+    rows = [r for r in data["rows"] if r["tflops"] and not r["impl"].startswith(("dq", "dkdv", "fa4 attend"))]
     least = {r["case"]: min(o["density"] for o in rows if o["case"] == r["case"]) for r in rows}
     rows.sort(key=lambda r: (-r["params"]["width"], -least[r["case"]], r["impl"] != "ours"))
     impls = list(dict.fromkeys(r["impl"] for r in rows))
-    title = {"ours": "foveate triton", "cudnn": "cuDNN, dense", "flash": "PyTorch flash, dense", "fa4": "FlashAttention-4"}
+    title = {"ours": "foveate gluon", "triton": "foveate triton", "cudnn": "cuDNN, dense", "flash": "PyTorch flash, dense"}
+    title |= {"fa4": "FlashAttention-4", "fa4 dense": "FlashAttention-4, dense"}
     named = " | ".join(title.get(i, i) for i in impls)
     lines = [f"| case | density | {named} |", "| --- " * (2 + len(impls)) + "|"]
     for case in dict.fromkeys(r["case"] for r in rows):

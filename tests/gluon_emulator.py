@@ -40,6 +40,9 @@ class Pointer:
     def __add__(self, other):
         return Pointer(self.data, self.offset + other)
 
+    def __sub__(self, other):
+        return Pointer(self.data, self.offset - other)
+
     def where(self):
         at = torch.as_tensor(self.offset)
         assert bool(((at >= 0) & (at < self.data.numel())).all()), f"address {at} outside {self.data.numel()}"
@@ -202,7 +205,8 @@ def _tma_load(desc, coord, bar, dst):
         time.sleep(max(0.0, random.random() - 0.5) * 4e-3)
         block = torch.zeros(dst.rows, dst.cols, dtype=dst.dtype)
         got = desc.window(coord)
-        block[: got.shape[0]] = got
+        skip = max(0, -int(coord[2]))  # rows before the first are zero, like those after the last
+        block[skip : skip + got.shape[0]] = got
         dst.store(block)
         bar.change(size=-size)
 
@@ -377,22 +381,12 @@ def _store_any(ptr, x, mask=None):
     _store(Pointer(ptr.data, at), x, mask)
 
 
-def _tma_load_any(desc, coord, bar, dst):
-    """As `_tma_load`, also of rows before the first: they are zero, like those after the last."""
-    b, h, row, col = (int(c) for c in coord)
-    if row >= 0:
-        _tma_load(desc, coord, bar, dst)
-        return
-    shifted = Descriptor(torch.nn.functional.pad(desc.tensor, (0, 0, -row, 0)), desc.block)
-    _tma_load(shifted, [b, h, 0, col], bar, dst)
-
-
 def backward_language():
     """The names that the backward kernel imports from its shim."""
     names = language()
     gl = names["gl"]
     gl.load, gl.store, gl.allocate_shared_memory, gl.min = _load, _store_any, _allocate_lines, lambda x, a: x.amin(a)
-    names["warpgroup_mma_wait"], names["tma_load"] = _wait_all, _tma_load_any
+    names["warpgroup_mma_wait"] = _wait_all
     names["as_floats"] = lambda buf, count, rows, cols: Shared(buf.flat.view(torch.float32), rows, cols)
     return names
 

@@ -18,7 +18,7 @@ CASES = [
     ((2, None, 32, 32), 64, 32, 1),
     ((8, 4, 64, 64), 32, 64, 3),
     ((4, 8, 8, 16), 24, 40, 2),  # groups smaller than a step, widths that are no powers of two
-    ((2, 2, 4, 8), 16, 96, 2),  # more scales of a token than are chosen among
+    ((2, 2, 4, 8), 16, 96, 2),  # more groups of a token's channels than the kernel serves: plain code
 ]
 ROWS = [(150, 150), (130, 70)]
 

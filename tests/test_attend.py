@@ -15,6 +15,7 @@ from foveate.errors import ConfigError, ShapeError, UnsupportedError
 from foveate.kernels import chunks, dispatch, reference, torch_gather
 from foveate.kernels.base import Want
 from tests.drive import qkv
+from tests.quantised_cases import store_of
 from tests.strategies import GROUPS, Case, cases
 
 EVERYTHING = Want(lse=True, mass=True)
@@ -402,6 +403,24 @@ def test_gated_parts():
     assert x.grad is not None and bool(torch.isfinite(x.grad).all())
     with pytest.raises(UnsupportedError, match="return_mass: gated"):
         attend(q, (k, v), parts, return_mass=True)
+
+
+def test_packed_entries_stay_packed():
+    """Asking whether gradients are wanted, and what widths parts have, unpacks nothing."""
+    store, new = store_of((4, None, 32, 64), 64, 32, (150, 150), torch.float32, "cpu")
+    store, q = store.append(*new(1), None, [150, 150]), torch.randn(2, 4, 1, 64)
+    for plan in (None, Parts((Part(Layout.dense(2, 4, 1, 151)),))):
+        kv = store.view()
+        out = attend(q, kv, plan)
+        assert not kv.made and not out.requires_grad
+        close(out, attend(q, kv.to_dense(), backend="reference"))
+    kv, x = store.view(), q.clone().requires_grad_()
+    with pytest.raises(UnsupportedError, match="'packed' cannot serve this call: it returns no mass, has no gradient"):
+        attend(x, kv, backend="packed")
+    attend(x, kv).sum().backward()  # by another backend, over a copy
+    assert kv.made and bool(torch.isfinite(x.grad).all())
+    store.values.tail = store.values.tail.clone().requires_grad_()
+    assert attend(q, store.view()).requires_grad
 
 
 def test_mass_of_disjoint_parts_is_that_of_the_whole():

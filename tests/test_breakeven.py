@@ -280,7 +280,7 @@ def test_a_method_whose_steps_are_not_captured_says_nothing_of_one_whose_steps_a
 def test_never_faster_means_dense_as_far_as_was_measured():
     package(known("quest", "decode", None))
     found = payoff.pay_off(registry.parse("quest"), "decode", CPU)
-    assert found.length == 4096 and found.why.startswith("never faster up to there, measured on ")
+    assert found.length == 4097 and found.why.startswith("never faster up to 4,096, measured on ")  # that one included
 
 
 def test_what_was_measured_here_is_heard_first():
@@ -291,6 +291,13 @@ def test_what_was_measured_here_is_heard_first():
     payoff.remember(known("quest", "decode", 800))
     payoff.remember(known("minference", "prefill", 900))
     assert length("quest") == 800 and length("minference", "prefill") == 900
+
+
+def test_what_was_measured_here_counts_before_what_another_version_wrote():
+    package({device_name(CPU): {"quest": {"decode": entry(3000)}}})  # as if made before quest had options
+    assert length("quest") == 3000
+    payoff.remember(known("quest", "decode", 700))
+    assert length("quest") == 700
 
 
 def test_other_files_are_refused_and_old_options_are_not_heard():
@@ -396,6 +403,15 @@ def test_a_result_becomes_a_table_a_page_and_a_drawing(tmp_path, monkeypatch):
     assert "| `flexprefill` | never faster up to 8,192 | 0.25 | 0.50 | 0.90 |" in page
     assert "](benchmarks/figures/a.svg)" in page and "from 4,096" in pages[tmp_path / "figures" / "b.svg"]
     assert "never up to here" in pages[tmp_path / "figures" / "a.svg"]
+
+
+def test_only_steps_can_be_uncaptured():
+    data = made({("prefill", "hip"): [0.5, 1.0, 2.0], ("decode", "hip"): [0.5, 0.7, 0.9]}) | {"device": "NVIDIA H100"}
+    for row in data["rows"]:
+        if row["params"]["phase"] == "decode":
+            row["params"]["graph"] = 0
+    prefill, decode = breakeven.markdown(data).split("\n\n")
+    assert "| `hip` | faster from" in prefill and "| `hip`, not captured | never faster" in decode
 
 
 def test_a_drawing_marks_break_evens_and_stacks_the_time():

@@ -86,6 +86,7 @@ else:
         ((1, 2, 1, 150, 103, 16), {"local": 0, "step": 1}),
         ((1, 3, 1, 150, 90, 32), {"block": 32, "step": 2, "softcap": 2.0}),
         ((1, 2, 1, 70, 69, 16), {"step": 2}),  # one row
+        ((1, 2, 1, 70, 20, 16), {"scale": -0.25}),
     ])  # fmt: skip
     def test_anchors(shape, grid):
         cases.check_anchors(*shape, tolerance=1e-5, **SMALL | grid)

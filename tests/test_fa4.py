@@ -384,6 +384,39 @@ def test_auto_takes_the_backward_pass_of_long_dense_layouts_alone(monkeypatch):
     assert pick(layout, "fa4") is backward and pick(long, "torch") is dispatch.torch_gather
 
 
+def test_auto_takes_the_backward_pass_of_lists_that_are_known_to_be_dense(monkeypatch):
+    """Only a validation tells the host how much lists hold; it then also saves the look at the grid."""
+    q, kv, _ = served()
+    n = fa4.PAYS
+    blocks = n // 128
+    row, column = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
+
+    def of(mask):
+        return Layout.from_block_mask(mask[None, None], n, n, block_q=128, block_k=128, heads=4)
+
+    many, few = of((column <= row) & ((row + column) % 3 < 1)), of(column == row)
+    assert many.share == few.share == -1 and not fa4.backward_pays(q, kv, many)
+    known = many.validated()
+    assert known.share == pytest.approx(1000 * many.density(), abs=1.0) and known.share > fa4.FULL
+    assert fa4.backward_pays(q, kv, known) and not fa4.backward_pays(q, kv, few.validated())
+    assert Layout.from_tensors(known.tensors(), known.meta()).share == known.share
+    monkeypatch.setattr(fa4, "used_slots", None)  # not asked again
+    assert fa4._off_grid(known) is None
+    with pytest.raises(TypeError):
+        fa4._off_grid(many)
+
+
+def test_shares_are_of_whole_tiles_on_the_grid():
+    mask = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    open_ = Layout.from_block_mask(mask, 320, 320, block_q=64, block_k=64, causal=False).validated()
+    assert open_.share == int(1000 * mask.float().mean())
+    tiles = torch.tensor([[[[0], [64]]]], dtype=torch.int32)
+    on = Layout.lists((1, 1, 128, 128), block_q=64, tile_width=64, tiles=tiles)
+    assert on.share == int(1000 * on.density())
+    assert Layout.lists((1, 1, 128, 128), block_q=64, tile_width=64, tiles=tiles + 3).share == -1
+    assert Layout.dense(1, 1, 64, 64).validated().share == -1
+
+
 def test_dense_training_without_it_prefers_cudnn_on_hopper(monkeypatch):
     from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import foveate
+from foveate.cache.dense import DenseStore
 from foveate.cache.fixed import Fixed, fix
 from foveate.cache.pruned import ChannelStore
 from foveate.cache.quantised import QuantisedStore
@@ -13,8 +14,10 @@ from foveate.errors import CacheError
 from foveate.kernels import packed
 from foveate.kernels.dispatch import attend, explain
 from foveate.layout import Layout
+from foveate.lists import compact
 from foveate.methods.base import Selection
 from foveate.packed import PackedKV
+from foveate.scores.keys import pieces
 from tests.models import generate, tiny, tokens
 from tests.test_graphs import Strict
 
@@ -165,6 +168,63 @@ def test_recorded_steps_of_kivi(recipe):
     assert handle.graphs.replays > 50 and not handle.notes
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
     handle.remove()
+
+
+# ---------------------------------------------------------------------- dropping in place
+@pytest.mark.parametrize("kind", ["dense", "ragged"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_fixed_store_drops_in_place(kind, weights, monkeypatch):
+    """Evictions between steps: the entries of the ordinary store, in the tensors that graphs know, views as they were."""
+    monkeypatch.setattr(pieces, "__defaults__", (300,))  # a few entries at a time
+    new, gen = draws(seed=4), torch.Generator().manual_seed(9)
+    k, v = new(60)
+    store, seen = DenseStore.empty(k, v).append(k, v, None, [0, 0]), [60, 60]
+
+    def drop():
+        lens = torch.tensor(store.lens)
+        m = int(lens.max())
+        live = torch.arange(m) < lens[..., None]
+        gone = live & (torch.rand(2, 2, m, generator=gen) < 0.2)
+        if kind == "dense":
+            gone = gone[:, :1].expand_as(gone)
+        index, count = compact(live & ~gone)
+        bias = torch.randn(2, 2, m, generator=gen) if weights else None
+        return Selection(index.long(), count.long(), bias)
+
+    store = store.select(drop())
+    twin = fix(store.fork(), seen)
+    assert isinstance(twin, Fixed) and twin.kind == kind
+    known = lambda: (twin.k, twin.v, twin.pos, twin.seen_now, twin.now if kind == "dense" else twin._len)  # noqa: E731
+    places = [t.data_ptr() for t in known()]
+    for i in range(24):
+        k, v = new(1)
+        store, twin = store.append(k, v, None, seen), twin.append(k, v, None, seen)
+        seen = [s + 1 for s in seen]
+        if i % 5 == 4:
+            selection = drop()
+            before, held, lens = twin.view(), twin.view().len.clone(), torch.tensor(twin.lens)
+            free = getattr(twin, "free", 0)
+            store, twin = store.select(selection), twin.select(selection)
+            assert torch.equal(before.len, held)
+            assert kind == "dense" or twin.free >= free + int((lens - torch.tensor(twin.lens)).min())
+        assert isinstance(twin, Fixed) and twin.lens == store.lens and not twin.full
+        a, b = store.view(), twin.view()
+        a, b = a.to_dense(), b.to_dense()
+        for x, y in ((a.k, b.k), (a.v, b.v), (a.positions(), b.positions()), (a.bias, b.bias)):
+            if x is not None:
+                live = a.exists()
+                assert torch.equal(x[live], y[:, :, : x.shape[2]][live])
+    assert places == [t.data_ptr() for t in known()]
+    while not twin.full:  # as many tokens as it says, none into a neighbour's place
+        k, v = new(1)
+        store, twin = store.append(k, v, None, seen), twin.append(k, v, None, seen)
+        seen = [s + 1 for s in seen]
+    live = store.view().to_dense().exists()
+    assert torch.equal(store.view().to_dense().k[live], twin.view().to_dense().k[:, :, : live.shape[2]][live])
+    store, twin = store.append(*new(1), None, seen), twin.append(*new(1), None, seen)
+    assert not isinstance(twin, Fixed) and twin.lens == store.lens
+    one = Selection(torch.arange(1).expand(2, 2, 1), bias=torch.zeros(2, 2, 1) if weights else None)
+    assert not isinstance(fix(twin, seen).select(one), Fixed)  # so little is kept that its memory is given back
 
 
 # ---------------------------------------------------------------------- pruned keys

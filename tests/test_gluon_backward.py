@@ -311,8 +311,8 @@ REFUSED = {
     "head dim": (dict(d=96), 128, 128, "not 96"),
     "value dim": (dict(dv=128), 128, 128, "not 64 and 128"),
     "width": (dict(), 128, 32, "tiles of 64, 128, 256 ... keys, not 32"),
-    "block_q": (dict(), 32, 128, "query blocks of 64"),
-    "one step a block": (dict(), 64, 64, "query blocks of 128"),
+    "block_q": (dict(), 32, 128, "query blocks of 64, 128, 256 ... rows"),
+    "one step a block": (dict(), 64, 64, "query blocks of 128, 256, 512 ... rows"),
     "device": (dict(), 128, 64, "Hopper"),
 }
 
@@ -327,6 +327,15 @@ def test_refuses_with_a_reason(name):
     q, k, v = (torch.zeros(1, 2, 256, x, dtype=dtype) for x in (d, d, more.get("dv", d)))
     layout = random_lists(0, 1, 2, 2, 256, 256, width, block_q=block_q)
     assert reason in why_not(q, KV.dense(k, v), layout)
+
+
+def test_two_numbers_a_row_stay_within_31_bits():
+    pytest.importorskip("triton")
+    from foveate.kernels.gluon.backward import why_not
+
+    for h, reason in ((63, "Hopper"), (64, "2\\^30 rows of all heads")):
+        q = torch.empty(1, h, 1 << 24, 64, dtype=torch.bfloat16, device="meta")
+        assert re.search(reason, why_not(q, KV.dense(q, q), Layout.dense(1, h, 1 << 24, 1 << 24)))
 
 
 def test_the_pass_over_queries_refuses_other_blocks():

@@ -20,7 +20,7 @@ from foveate.layout import Layout
 from tests import gluon_emulator as emulator
 
 try:
-    from foveate.kernels.gluon import launch, prepare
+    from foveate.kernels.gluon import factored, launch, prepare
     from foveate.kernels.gluon.prepare import Work
     from foveate.kernels.gluon.shim import TensorDescriptor
 except (ImportError, AttributeError):  # no Triton, or one whose Gluon the shim does not know
@@ -49,8 +49,8 @@ def _with_rule():
     return Layout.lists((1, 4, 256, 256), block_q=128, entries=COLUMN, sink=4)
 
 
-def _factored():
-    return Layout.factored((1, 4, 256, 256), diagonals=COLUMN[..., 0], columns=COLUMN[..., 0])
+def _factored(n=256, **more):
+    return Layout.factored((1, 4, n, n), diagonals=COLUMN[..., 0], columns=COLUMN[..., 0], **more)
 
 
 REFUSED = {
@@ -60,7 +60,12 @@ REFUSED = {
     "two-sided rule": (_call(layout=Layout.static((1, 4, 256, 256), window=64, causal=False)), Want(), "causal"),
     "rule and lists": (_call(layout=_with_rule()), Want(), "not both"),
     "few rows of a rule": (_call(n=100, layout=Layout.static((1, 4, 100, 100), window=64)), Want(), "100 query rows"),
-    "factored": (_call(layout=_factored()), Want(), "factored"),
+    "factored, width": (_call(layout=_factored(tile_width=32)), Want(), "tiles of 64 keys, not 32"),
+    "factored, block_q": (_call(layout=_factored(block_q=32)), Want(), "128 rows (or 64) from row 0, not 32"),
+    "factored, offset": (_call(layout=_factored(q_offset=7)), Want(), "not 64 from -7"),
+    "factored, not causal": (_call(layout=replace(_factored(), causal=False)), Want(), "factored parts are causal"),
+    "factored, few rows": (_call(n=100, layout=_factored(100)), Want(), "100 query rows"),
+    "factored, cpu": (_call(layout=_factored()), Want(), "Hopper"),
     "block_q": (_call(layout=_tiles(block_q=32)), Want(), "128 rows"),
     "64 rows, own lists": (_call(layout=_tiles(block_q=64)), Want(), "heads of a group share"),
     "width": (_call(layout=_tiles(width=32)), Want(), "tiles of 64 and 128 keys, not 32"),
@@ -92,7 +97,7 @@ def _tool(*names):
 
 @pytest.mark.parametrize("dtype,d,kind", [
     (torch.bfloat16, 128, "pairs"), (torch.float16, 64, "dense"), (torch.bfloat16, 128, "pairs and columns"),
-    (torch.bfloat16, 64, "rule"),
+    (torch.bfloat16, 64, "rule"), (torch.bfloat16, 128, "factored"), (torch.bfloat16, 64, "factored"),
 ])  # fmt: skip
 def test_compiles_for_hopper_without_spills(dtype, d, kind, tmp_path):
     nvdisasm = _tool("nvdisasm")[0]
@@ -112,6 +117,9 @@ def test_compiles_for_hopper_without_spills(dtype, d, kind, tmp_path):
     work = {
         "pairs": Work(meta(1), tiles, meta(1, 4, 32, 2), 1, pair=True),
         "pairs and columns": Work(meta(1), tiles, meta(1, 4, 32, 4), 1, meta(1, 4, 32, 900), pair=True),
+        "factored": Work(
+            meta(1), tiles, meta(1, 4, 32, 4), 1, meta(1, 4, 32, 900), True, cover=meta(1, 4, 4225, dtype=torch.uint8)
+        ),
         "rule": Work(meta(1), tiles, meta(1, 4, 1, 2), 1, rule=True),
         "dense": Work(meta(1), tiles, tiles, 1),
     }[kind]
@@ -238,12 +246,46 @@ def work_of(layout):
         return Work(NOTHING, NOTHING, NOTHING, 1)
     if layout.has_rule:
         return prepare.rule(layout, NOTHING)
+    if layout.diagonals is not None or layout.columns is not None:
+        return factored_work(layout)
     tiles, counts, columns, column_counts = prepare.lists(layout)
     tile = replace(layout, tiles=tiles, tile_count=counts, tile_width=64 if layout.tile_width == 64 else 128)
     pair, plan = layout.tiles is not None and layout.tile_width == 64, plan_of(tile)
     if columns is not None:
         plan = torch.cat([plan, column_plan(layout, columns, column_counts)], -1)
     return Work(NOTHING, tiles, plan, layout.shape[1] // counts.shape[1], columns, pair, block=layout.block_q)
+
+
+def factored_work(layout):
+    """What `factored` makes of diagonals and columns, key by key."""
+    diagonals, counts, columns, column_counts = factored.parts(layout)
+    b, hl = counts.shape
+    _, h, n, m = layout.shape
+    lag, nq = 128 - layout.block_q, -(-n // 128)
+    cover = torch.zeros(b, hl, m + 129, dtype=torch.uint8)
+    tiles = torch.full((b, hl, 2 * diagonals.shape[-1] + 1), 1 << 28, dtype=torch.int32)
+    plan = torch.zeros(b, hl, nq, 4, dtype=torch.int32)
+    for i in range(b):
+        for head in range(hl):
+            own = diagonals[i, head, : counts[i, head]].tolist()
+            reached = {x for d in own for x in range(d + 1, d + 65)}
+            cover[i, head, [x for x in reached if x < m + 129]] = 1
+            all_ = own + [d + 64 for j, d in enumerate(own) if lag and (j + 1 == len(own) or own[j + 1] > d + 64)]
+            words = []
+            for j, d in enumerate(sorted(all_)):
+                x = range(d + 1, d + 65)
+                whole = {*x, *(y - lag for y in x)} <= {y for y in reached if y < m + 129} and x[-1] < m + 129
+                words.append(2 * d - (not whole or (j > 0 and d < (words[-1] + 1) // 2 + 64)))
+            tiles[i, head, : len(words)] = torch.tensor(words, dtype=torch.int32)
+            single = columns[i, head, : column_counts[i, head]].tolist()
+            for block in range(nq):
+                end, close = m - n + block * 128 + 128, m - n + min(block * 128 + 128, n)
+                starts = [end - d - 64 for d in sorted(all_)]
+                skip = sum(s >= close for s in starts)
+                live = sum(s + 64 > 0 for s in starts)
+                plan[i, head, block, :3] = torch.tensor([max(live - skip, 0), skip, sum(c < close for c in single)])
+    lists = (factored.shared(t, nq) for t in (tiles, columns))
+    return Work(NOTHING, next(lists), plan, h // hl, next(lists), True, cover=cover, lag=lag)
 
 
 def emulate(q, k, v, layout, scale, ctas):

@@ -100,20 +100,20 @@ class Recorded(Replay):
     def __init__(self, graphs, cache, held):
         super().__init__(graphs, cache, held)
         self.layers = [layer.cache for layer in cache.layers]
-        self.step, self.before = self.layers[0].steps, [bindings(c.batch) for c in self.layers]
+        self.step, self.before = self.layers[0].steps, [bindings((c.batch, c.rows)) for c in self.layers]
         self.after = None
 
     def replay(self):
-        now, step = [c.batch for c in self.layers], self.layers[0].steps
+        now, step = [(c.batch, c.rows) for c in self.layers], self.layers[0].steps
         for c, then in zip(self.layers, self.before, strict=True):
-            c.batch, c.steps = bindings(then), self.step
+            (c.batch, c.rows), c.steps = bindings(then), self.step
         super().replay()
-        new = [c.batch for c in self.layers]
+        new = [(c.batch, c.rows) for c in self.layers]
         if self.after is None:  # the capture itself, which the host has seen
             self.after = new
             return
         for c, held, old, got in zip(self.layers, now, self.after, new, strict=True):
-            c.batch, c.steps = held, step + 1
+            (c.batch, c.rows), c.steps = held, step + 1
             for there, t in zip(tensors(old), tensors(got), strict=True):
                 there.copy_(t)  # where the graph's own memory is
 
@@ -232,6 +232,63 @@ def test_a_recorded_step_is_right_at_every_later_step(recipe):
     got = generate(model, ids, mask, max_new_tokens=150, min_new_tokens=150)
     assert handle.graphs.replays > 100 and not handle.notes
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
+    handle.remove()
+
+
+RAZOR = "razor_attention:profile={echo},induction=0.3,sink=4,window=20,fraction=0,slack=9"
+DROPS = (  # recipe, how many graphs are recorded in 42 steps
+    ("cache=h2o:heavy=12,recent=12,slack=10", 1),
+    ("cache=h2o:heavy=12,recent=12,slack=10,norm=mean,reduce=max", 1),
+    ("cache=h2o:heavy=60,recent=20,slack=10", 2),  # nothing goes after the prompt: the first drop brings positions
+    ("quest:budget=16,dense_layers=0+cache=h2o:heavy=24,recent=12,slack=12", 4),  # its bounds begin anew
+    ("duo_attention:sink=4,window=12,slack=10,profile={gates}", 1),
+    ("duo_attention:sink=4,window=12,slack=10,sparsity=1", 1),
+    ("heads=duo_attention:sink=4,window=12,profile={gates}+decode=quest:budget=32,dense_layers=0", 1),
+    ("moa:density=0.3,sink=4,block=4,slack=10", 1),
+    (RAZOR, 1),
+    (RAZOR + ",compensate=false", 1),
+    ("cache=razor_attention:induction=0,echo=0,sink=4,window=20,fraction=0,slack=9,compensate=false", 1),
+)
+
+
+@pytest.mark.parametrize("recipe,graphs", DROPS)
+def test_steps_between_evictions_are_replayed(recipe, graphs):
+    """Entries are dropped in place every few steps, by steps that are not replayed; the graphs before stay right after."""
+    profiles = {
+        "gates": folder(Profile("duo_attention", {}, {"gates": torch.tensor([[0.9, 0.2], [0.1, 0.3], [0.8, 0.7]])})),
+        "echo": folder(Profile("razor_attention", {}, {n: torch.rand(3, 2) for n in ("induction", "echo")})),
+    }
+    recipe = recipe.format(**profiles)
+    model, ids = tiny(), tokens(2, 70)
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    run = lambda: generate(model, ids, mask, max_new_tokens=42, min_new_tokens=42)  # noqa: E731
+    with foveate.use(model, recipe):
+        want = run()
+    recorded = []
+
+    class Counts(Strict):
+        def record(self, cache, held):
+            recorded.append([layer.cache.evicted for layer in cache.layers])
+            return super().record(cache, held)
+
+    handle = foveate.apply(model, recipe)
+    handle.graphs = Counts(handle)
+    handle.graphs.install()
+    got = run()
+    assert not handle.notes and len(recorded) == graphs
+    assert handle.graphs.replays > (22 if "quest" in recipe else 33)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
+    assert torch.equal(got.sequences, want.sequences)
+    handle.remove()
+
+
+def test_a_policy_that_drops_after_every_step_is_not_captured():
+    model, ids = tiny(), tokens(1, 60)
+    handle = dry(model, "cache=h2o:heavy=12,recent=12,slack=1")
+    said(model, ids)
+    assert handle.graphs.replays == 0
+    assert handle.notes == ["decode steps are not captured: h2o drops entries after every step"]
     handle.remove()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from foveate.cache import DenseStore, LayerCache, PagedStore, RaggedStore
 from foveate.cache import layer as layers
-from foveate.cache.offload import OffloadStore, bring, fetch, fetch_parts, whole
+from foveate.cache.offload import OffloadStore, bring, fetch, fetch_parts, follow, whole
 from foveate.errors import CacheError, ConfigError, ShapeError
 from foveate.kernels.dispatch import attend
 from foveate.kv import KV
@@ -303,3 +303,48 @@ def test_padding_is_nobody():
     plan = lists(92, [3, 90, 91], (3, 3))
     near, _ = fetch(store.view(), plan, "cpu", store.near)
     assert torch.equal(near.k, k[:, :, [3, 90, 91]]) and torch.equal(near.v, v[:, :, [3, 90, 91]])
+
+
+def test_what_was_sent_ahead_is_lent():
+    """The next layer's entries on their way while this one computes; what came since follows, what changed is not used."""
+    _, k, v = qkv(2, 4, 2, 60)
+    for rows in ((30, 30), (30, 21)):
+        valid = torch.arange(30) >= torch.tensor([[30 - n] for n in rows])
+        store = OffloadStore.empty(k, v).append(k[:, :, :30], v[:, :, :30], valid, [0, 0])
+        near, seen = store.near, list(rows)
+        for i in range(30, 36):
+            near.send(store, "cpu")
+            assert near.ahead is not None and near.ahead[0].data_ptr() != store.k.data_ptr()
+            held, at = near.ahead[0], store.k.data_ptr()
+            store = store.append(k[:, :, i : i + 1], v[:, :, i : i + 1], None, seen)
+            seen = [s + 1 for s in seen]
+            kv = store.view()
+            got, plan = fetch(kv, Layout.dense(2, 4, 1, kv.capacity), "cpu", near)
+            assert plan.full and near.whole and near.ahead is None
+            assert (got.k.data_ptr() == held.data_ptr()) == (store.k.data_ptr() == at)  # unless the store grew
+            for a, b in ((got.to_dense().k, kv.to_dense().k), (got.to_dense().v, kv.to_dense().v)):
+                assert torch.equal(a, b)
+    near.send(store, "cpu")
+    store.truncate(3)
+    assert near.ahead is None  # other entries will have these numbers
+    near.send(store, "cpu")
+    fetch(store.view(), Layout.static((2, 4, 1, store.view().capacity), window=4, block_q=1), "cpu", near)
+    assert near.ahead is None and not near.whole
+
+
+def test_the_layer_after_this_one_follows(monkeypatch):
+    """Only from pinned memory, only where its last step was dense, and the first layer after the last."""
+    _, k, v = qkv(1, 4, 2, 20)
+    stores = {i: OffloadStore.empty(k, v).append(k, v, None, [0]) for i in range(3)}
+    follow(stores, 0, torch.device("cpu"))
+    assert stores[1].near.ahead is None
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    follow(stores, 0, torch.device("cpu"))
+    assert stores[1].near.ahead is None  # it has not said that it needs everything
+    for store in stores.values():
+        fetch(store.view(), Layout.dense(1, 4, 1, 20), "cpu", store.near)
+    for i in (0, 2):
+        follow(stores, i, torch.device("cpu"))
+    assert [s.near.ahead is not None for s in stores.values()] == [True, True, False]
+    stores[0].k = stores[0].v = torch.empty(1, 2, 40, 16)  # 5,120 bytes, for which PyTorch pins 8,192
+    assert stores[0].nbytes == 2 * 8192

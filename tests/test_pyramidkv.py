@@ -161,3 +161,11 @@ def test_options():
     ):
         with pytest.raises(ConfigError, match=message):
             parse(text)
+
+
+def test_a_layer_with_less_than_its_sinks_keeps_them():
+    q, k, v = qkv(1, 4, 2, 101)
+    drive = Drive("cache=pyramidkv:window=8,capacity=16,beta=20,sink=4", layers=8, layer=7)
+    drive(*(t[:, :, :100] for t in (q, k, v)))
+    drive(*(t[:, :, 100:] for t in (q, k, v)))
+    assert drive.cache.store.view().positions()[0].tolist() == [[0, 1, 2, 3, *range(92, 101)]] * 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -158,3 +158,44 @@ def test_gated_parts_refuse_attention_sinks():
     drive = Drive(Recipe(prefill=Gated()), sinks=torch.zeros(4))
     with pytest.raises(UnsupportedError, match="sinks"):
         drive(*qkv(1, 4, 2, 20))
+
+
+@pytest.mark.parametrize("storage", ["dense", "paged"])
+@pytest.mark.parametrize("text", ["snapkv", "pyramidkv:beta=2", "adakv", "think:ratio=0.5", "snapkv,capacity=300"])
+def test_equal_rows_are_compressed_together(monkeypatch, text, storage):
+    """One call for rows of one length, and what each keeps is what it keeps alone; one a row where lengths differ."""
+    name, _, more = text.partition("," if "," in text else ":")
+    if name == "think" and storage == "paged":
+        pytest.skip("it stores a part of the channels")
+    options = ",".join(x for x in ("window=8", "" if "capacity" in more else "capacity=24", more) if x)
+    recipe = replace(Recipe.of(f"cache={name}:{options}"), storage=storage)
+    policy = type(recipe.cache)
+    plain, calls = policy.compress, []
+
+    def counted(self, x, state):
+        calls.append(len(x.q))
+        return plain(self, x, state)
+
+    monkeypatch.setattr(policy, "compress", counted)
+    q, k, v = qkv(3, 4, 2, 81)
+
+    def run(valid=None):
+        calls.clear()
+        drive = Drive(recipe, backend="torch")
+        drive(*(t[:, :, :80] for t in (q, k, v)), valid=valid)
+        out = drive(*(t[:, :, 80:] for t in (q, k, v)))
+        return out, [
+            t.tolist() for t in (drive.last[0].kv.positions() * drive.last[0].kv.exists(), drive.last[0].kv.lengths())
+        ]
+
+    together, made = run()
+    assert calls == [3]
+    monkeypatch.setattr(policy, "together", False)
+    alone, same = run()
+    assert calls == [1, 1, 1] and made == same
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(policy, "together", True)
+    valid = torch.ones(3, 80, dtype=torch.bool)
+    valid[1, :9] = False
+    run(valid)
+    assert calls == [1, 1, 1]

@@ -11,6 +11,7 @@ from foveate.cache import DenseStore, LayerCache
 from foveate.cache.persist import load, save
 from foveate.cache.pruned import ChannelStore
 from foveate.errors import CacheError, ConfigError
+from foveate.kernels.dispatch import attend
 from foveate.kv import KV
 from foveate.methods.base import Selection
 from foveate.methods.think import ThinK
@@ -96,6 +97,20 @@ def test_zero_filled_equals_gathered():
         whole = store.tail[0, g, :9] @ row
         p = torch.softmax(torch.cat([narrow, whole]) / math.sqrt(16), 0)
         torch.testing.assert_close(out[0, i, 0], p @ v[0, g], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [[5], [5, 2]])
+def test_nothing_new_since_pruning(rows):
+    """A store that keeps no recent keys whole, read before the next token: there is no second softmax."""
+    q, k, v = (t[:, :, -5:] for t in qkv(len(rows), 4, 2, 6, seed=3))
+    valid = torch.arange(5) >= torch.tensor([[5 - n] for n in rows])
+    store = ChannelStore.empty(k[:, :, :0], v[:, :, :0], 0).append(k, v, valid, [0] * len(rows))
+    index, channels = torch.arange(5).expand(len(rows), 2, 5), torch.arange(0, 16, 2).expand(len(rows), 2, 8)
+    kv = store.select(Selection(index, torch.tensor([[n, n] for n in rows]), channels=channels)).view()
+    got = attend(q[:, :, -1:], kv, return_lse=True)
+    assert not kv.made
+    for x, y in zip(got, attend(q[:, :, -1:], kv.to_dense(), return_lse=True, backend="reference"), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
 def test_no_ratio_is_dense():

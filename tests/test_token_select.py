@@ -307,6 +307,31 @@ def test_pieces_change_nothing(monkeypatch):
     assert lists(method.plan(x, State())) == whole and len(whole) == 8
 
 
+def test_chunks_are_attended_as_a_batch(monkeypatch):
+    """Whole chunks with lists of full length together, or a few of them at a time: the same as each alone."""
+    q, k, v = qkv(1, 4, 2, 150)
+    x = call(q, k, v, 21)
+    x.rope, method, calls = Rotary(16), parse(SMALL), []
+    ranked = TokenSelect._ranked
+
+    def counted(self, x, q, *rest):
+        calls.append(tuple(q.shape[::2]))
+        return ranked(self, x, q, *rest)
+
+    monkeypatch.setattr(TokenSelect, "_ranked", counted)
+    plan, got = method.plan(x, State()), []
+    for step in (9, 1, 2):
+        monkeypatch.setattr(
+            token_select, "pieces", lambda n, *_, step=step: [(i, min(n, i + step)) for i in range(0, n, step)]
+        )
+        got.append(method.attend(x, plan, State())[:2])
+        if step == 9:
+            assert calls == [(1, 11), (7, 16), (1, 6)]  # rows 21..31, seven chunks, the last rows
+    for out, lse in got[1:]:
+        torch.testing.assert_close(out, got[0][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse, got[0][1], atol=1e-5, rtol=1e-5)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="needs a cache that keeps every entry"):
         Recipe.of("token_select+cache=snapkv")

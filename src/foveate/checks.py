@@ -65,6 +65,25 @@ def named_once(layout: Layout) -> None:
         raise LayoutError(f"a head has lists per block or diagonals and columns, not both ({place(both)})")
 
 
+def share(layout: Layout) -> int:
+    """`Layout.share` of a layout of tiles alone whose tiles lie on the grid, else -1 (one host synchronisation)."""
+    tiles, count = layout.tiles, layout.tile_count
+    others = any(getattr(layout, name) is not None for name in (*RULE_FIELDS, "entries", "diagonals", "columns", "q_pos"))
+    if tiles is None or count is None or others:
+        return -1
+    _, _, n, m = layout.shape
+    off = (used_slots(tiles, count) & (tiles % layout.tile_width != 0)).any()
+    listed, off_grid = (int(x) for x in torch.stack([count.sum(), off.to(count.dtype)]).tolist())
+    visible = n * m - (n * (n - 1) // 2 if layout.causal else 0)
+    pairs = listed * layout.block_q * layout.tile_width
+    if layout.causal and n == m and layout.block_q == layout.tile_width:  # half of a block on the diagonal is hidden
+        last = torch.arange(layout.num_blocks, device=tiles.device) * layout.tile_width
+        pairs -= (
+            int((used_slots(tiles, count) & (tiles == last[:, None])).sum()) * layout.block_q * (layout.block_q - 1) // 2
+        )
+    return -1 if off_grid else min(1000, 1000 * pairs // (visible * count.shape[0] * count.shape[1]))
+
+
 def _heads_with(layout: Layout, *names: str) -> Tensor:
     """bool `[B|1, H]`: heads with anything in these lists."""
     out = torch.zeros(1, layout.shape[1], dtype=torch.bool, device=layout.device)

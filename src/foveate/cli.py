@@ -174,6 +174,9 @@ def run(
     backend: Backend = "auto",
     seed: Seed = 0,
     gate: Annotated[bool, typer.Option(help="Run dense below the lengths at which a method pays off.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="On CUDA: compile the layers of decode steps (seconds to a minute, once).")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Answer one prompt under one recipe, streaming the text."""
@@ -204,7 +207,8 @@ def run(
 
     ids = made.ids.to(net.device)
     asked = dict(max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
-    how = dict(backend=None if backend == "auto" else backend, gate=gate, graphs=net.device.type == "cuda")
+    cuda = net.device.type == "cuda"
+    how = dict(backend=None if backend == "auto" else backend, gate=gate, graphs=cuda, compiled=cuda and compiled)
     with use(net, chosen, **how) as handle:
         streamer = Clocked(tokenizer, skip_prompt=True, skip_special_tokens=True)
         stamps[0] = time.perf_counter()

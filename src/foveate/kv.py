@@ -152,6 +152,10 @@ class KV:
     def dtype(self) -> torch.dtype:
         return self.k.dtype
 
+    @property
+    def requires_grad(self) -> bool:
+        return any(t is not None and t.requires_grad for t in (self.k, self.v, self.bias))
+
     def lengths(self) -> Tensor:
         """int64 `[B, G]`, entries that exist."""
         b, g, m, _, _ = self.shape

@@ -54,6 +54,8 @@ class Layout:
         entries, entry_count: int32 `[B|1, Hl, nq, C]`, `[B|1, Hl, nq]`.
         diagonals, diagonal_count: int32 `[B|1, Hl, S]`, `[B|1, Hl]`, distances ascending.
         columns, column_count: int32 `[B|1, Hl, V]`, `[B|1, Hl]`.
+        share: per thousand visible pairs, those of its whole tiles where a validation found all of them on the grid of
+            tile_width; -1 where nobody asked. It tells the host, and so a choice of kernels, what lists hold.
     """
 
     shape: tuple[int, int, int, int]
@@ -75,6 +77,7 @@ class Layout:
     diagonal_count: Tensor | None = None
     columns: Tensor | None = None
     column_count: Tensor | None = None
+    share: int = -1
 
     # ------------------------------------------------------------------ builders
     @staticmethod
@@ -158,7 +161,7 @@ class Layout:
         if tiles is not None and entries is not None:
             e, c = lists.drop_covered(layout)
             layout = replace(layout, entries=e, entry_count=c)
-        return layout
+        return replace(layout, share=checks.share(layout)) if validate else layout
 
     @staticmethod
     def factored(
@@ -285,12 +288,12 @@ class Layout:
 
     def meta(self) -> list[int]:
         """The plain fields as integers, in a fixed order."""
-        return [*self.shape, int(self.causal), int(self.full), self.block_q, self.q_offset, self.tile_width]
+        return [*self.shape, int(self.causal), int(self.full), self.block_q, self.q_offset, self.tile_width, self.share]
 
     @staticmethod
     def from_tensors(tensors: Sequence[Tensor | None], meta: Sequence[int]) -> Layout:
-        b, h, n, m, causal, full, block_q, q_offset, width = meta
-        plain = dict(causal=bool(causal), full=bool(full), block_q=block_q, q_offset=q_offset, tile_width=width)
+        b, h, n, m, causal, full, block_q, q_offset, width, share = meta
+        plain = dict(causal=bool(causal), full=bool(full), block_q=block_q, q_offset=q_offset, tile_width=width, share=share)
         return Layout((b, h, n, m), **plain, **dict(zip(TENSOR_FIELDS, tensors, strict=True)))  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Layout:
@@ -382,8 +385,9 @@ class Layout:
 
     # ------------------------------------------------------------------ checks
     def validated(self) -> Layout:
+        """This layout, checked, with its `share` where it has tiles alone."""
         self.validate()
-        return self
+        return replace(self, share=checks.share(self))
 
     def validate(self) -> None:
         """Raise LayoutError for lists that cannot be executed or name a key twice (a few host synchronisations)."""

@@ -189,6 +189,15 @@ class PackedKV(KV):
     def dtype(self) -> torch.dtype:
         return self._like[2] if self._make is not None else super().dtype
 
+    @property
+    def requires_grad(self) -> bool:
+        if self.made or self.packed is None:
+            return super().requires_grad
+        p = self.packed
+        parts = [p] if isinstance(p, Thinned) else [p.keys, p.values]
+        held = [t for part in parts for t in vars(part).values() if isinstance(t, Tensor)]
+        return any(t is not None and t.requires_grad for t in (*held, self.bias))
+
 
 def _pick(t: Tensor, index: Tensor) -> Tensor:
     """Entries `[B, n]` of t `[B, G, *, ...]`, the same for all kv heads."""

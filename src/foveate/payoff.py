@@ -54,14 +54,14 @@ def pay_off(method: Method, phase: str, device: torch.device) -> PayOff:
     from .doctor import device_name  # late: a name is all this needs of what users see
 
     name = device_name(device)
-    found = merged(read(PACKAGED), read(own_file())).get(name, {})
+    found = [entry for table in (read(own_file()), read(PACKAGED)) for entry in table.get(name, {}).items()]
     plain: Method | None = None
     with suppress(FoveateError):  # some have no defaults that stand alone
         plain = type(method).make()
     for wanted, words in ((method, ""), (plain, " at its default settings")):
         if wanted is None or _kind(wanted, phase) != _kind(method, phase):
             continue
-        for text, phases in found.items():
+        for text, phases in found:
             if phase in phases and _is(text, wanted):
                 return _measured(phases[phase], f"measured on {name}{words}")
     return PayOff(method.min_length, f"its own rule, as nothing like it was measured on {name}")
@@ -70,7 +70,7 @@ def pay_off(method: Method, phase: str, device: torch.device) -> PayOff:
 def _measured(entry: Mapping[str, Any], where: str) -> PayOff:
     where = f"{where}, {entry['shape']}"
     if entry["length"] is None:
-        return PayOff(entry["longest"], f"never faster up to there, {where}")
+        return PayOff(entry["longest"] + 1, f"never faster up to {entry['longest']:,}, {where}")
     return PayOff(entry["length"], where)
 
 

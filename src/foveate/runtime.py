@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from .cache import LayerCache
-from .cache.offload import Near, OffloadStore, bring, fetch, fetch_parts
+from .cache.offload import Near, OffloadStore, bring, fetch, fetch_parts, follow
 from .cache.offload import whole as whole_view
 from .cache.store import last_positions
 from .combine import sink_logit
@@ -26,6 +27,8 @@ from .layout import Layout, Parts
 from .methods.base import AttnInput, Method, Rope, Selection, State
 from .payoff import pay_off
 from .recipe import Recipe
+
+STORES = "runtime.stores"  # in `state.run`: the stores in host memory by layer, as far as steps have come
 
 
 class Meter(Protocol):
@@ -151,7 +154,13 @@ def _plain(recipe: Recipe, method: Method | None) -> bool:
 def _decode(recipe: Recipe, cache: LayerCache, q: Tensor, step: Step, info: Info) -> Tensor:
     view = cache.store.view()  # type: ignore[union-attr]
     x = _input(q.to(view.device), view, "decode", info, step, 0, cache.positions(1, view.device), cache.steps)
-    near = cache.store.near if isinstance(cache.store, OffloadStore) else None
+    near = None
+    if isinstance(cache.store, OffloadStore):
+        near = cache.store.near
+        if view.device != q.device:
+            stores = step.run.setdefault(STORES, WeakValueDictionary())
+            stores[info.layer] = cache.store
+            follow(stores, info.layer, q.device)
     out = _run(recipe, x, recipe.decode, step.state(cache), step, info, q.device, near)  # type: ignore[arg-type]
     policy: Method | None = recipe.cache  # type: ignore[assignment]
     if policy is not None and type(policy).evict is not Method.evict and info.window is None:
@@ -294,7 +303,7 @@ def _input(q: Tensor, kv: Any, phase: str, info: Info, step: Step, start: int, q
 
 
 def compress(recipe: Recipe, cache: LayerCache, step: Step, info: Info) -> None:
-    """Ask the cache policy which entries stay, row by row, and drop the others for good."""
+    """Ask the cache policy which entries stay, row by row or of all rows at once, and drop the others for good."""
     policy = recipe.cache
     assert policy is None or isinstance(policy, Method)
     if isinstance(cache.store, OffloadStore):
@@ -303,27 +312,34 @@ def compress(recipe: Recipe, cache: LayerCache, step: Step, info: Info) -> None:
         cache.pending = False
         return
     chosen: list[Selection] = []
-    view = cache.store.view()
-    drops = False
-    for i in range(len(cache.seen)):
-        kv = view.row(i)
-        lens = cache.store.lens[i]
+    view, b = cache.store.view(), len(cache.seen)
+    drops, whole = False, policy.together and _alike(cache)
+    for i in range(1 if whole else b):
+        kv, at = (view, slice(0, b)) if whole else (view.row(i), slice(i, i + 1))
+        lens, seen = cache.store.lens[i], cache.seen[at]
         m = max(lens)
         if kv.kind == "dense" and min(lens) == m:
             cut = {n: t[:, :, :m] for n in ("pos", "bias") if (t := getattr(kv, n)) is not None}
             kv = type(kv).dense(kv.k[:, :, :m], kv.v[:, :, :m], **cut)
-        q = cache.tails[i]
-        if q is None:
-            q = view.k.new_empty(1, 1, 0, view.k.shape[-1])
+        tails = [t for t in cache.tails[at] if t is not None]
+        q = torch.cat(tails) if tails else view.k.new_empty(len(seen), 1, 0, view.k.shape[-1])
         q = q.to(view.device)
         rows = q.shape[2]
-        x = _input(q, kv, "prefill", info, step, cache.seen[i] - rows, last_positions([cache.seen[i]], rows, view.device))
+        x = _input(q, kv, "prefill", info, step, seen[0] - rows, last_positions(seen, rows, view.device))
         got = policy.compress(x, step.state(cache, i))
         drops = drops or got is not None
         if got is None:  # keeps everything of this row
-            everything = torch.arange(m, device=view.device).expand(1, kv.shape[1], m)
+            everything = torch.arange(m, device=view.device).expand(len(seen), kv.shape[1], m)
             got = Selection(everything, None if min(lens) == m else torch.tensor([lens], device=view.device))
-        chosen.append(got)
+        chosen += [got.row(j) for j in range(b)] if whole else [got]
     if drops:
         cache.select(Selection.stack(chosen), chosen)
     cache.pending = False  # last: a policy that failed is asked again
+
+
+def _alike(cache: LayerCache) -> bool:
+    """All rows and heads have as many entries, and all rows have seen as many tokens and saved as many queries."""
+    assert cache.store is not None
+    lens = {n for row in cache.store.lens for n in row}
+    tails = {None if t is None else t.shape for t in cache.tails}
+    return len(lens) == len(set(cache.seen)) == len(tails) == 1

@@ -15,7 +15,7 @@ from foveate.lists import repeat_heads
 from tests.kernel_cases import Case, Maker, poison
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICE = "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # test_demands.py checks its own logic without a GPU
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Tiles with single keys, rules and 64-row blocks in the Gluon forward, on a Hopper GPU, against the oracle in fp64."""
+"""Tiles with single keys, rules, 64-row blocks and factored layouts in the Gluon forward, on a Hopper GPU, in fp64."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def one_head(layout, head):
         return None if t is None else t[:, head * t.shape[1] // layout.shape[1]][:, None]
 
     b, _, n, m = layout.shape
-    names = ("tiles", "tile_count", "entries", "entry_count", "sink", "window")
+    names = ("tiles", "tile_count", "entries", "entry_count", "diagonals", "diagonal_count", "columns", "column_count",
+             "sink", "window")  # fmt: skip
     return replace(layout, shape=(b, 1, n, m), **{name: cut(getattr(layout, name)) for name in names})
 
 
@@ -223,3 +224,104 @@ def test_chosen_by_auto():
         view = KV.dense(k.double(), v.double())
         want, _, _ = reference.forward(q.double(), view, layout, scale=1 / 8, softcap=0.0, want=Want())
         assert float((out.double() - want).norm()) <= 4e-3 * float(want.norm())
+
+
+# ---------------------------------------------------------------------- diagonals + columns shared by all rows of a head
+def factored(b, h, hl, n, m, *, rows=64, distances=12, columns=60, seed=0, holes=True):
+    """Random distances, 0 in every other list, and columns drawn anywhere. `holes`: one list has no distances, some no
+    columns. Unused slots hold junk."""
+    gen = torch.Generator(DEVICE).manual_seed(seed)
+    d = torch.rand(b, hl, m, generator=gen, device=DEVICE).topk(distances, -1).indices
+    d[:, ::2, 0] = 0
+    c = torch.rand(b, hl, m, generator=gen, device=DEVICE).topk(columns, -1).indices
+    many, few = (torch.full((b, hl), x, dtype=torch.int32, device=DEVICE) for x in (distances, columns))
+    if holes and hl > 1:
+        many[-1, 0], few[:, -1] = 0, 0
+    layout = Layout.factored((b, h, n, m), diagonals=d, diagonal_count=many, columns=c, column_count=few, block_q=rows)
+    for index, count in ((layout.diagonals, layout.diagonal_count), (layout.columns, layout.column_count)):
+        index.masked_fill_(torch.arange(index.shape[-1], device=DEVICE) >= count[..., None], 1 << 28)
+    return layout
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("h,g", [(4, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("n,m", [(512, 512), (777, 777), (300, 1111), (500, 200), (1024, 4096)])
+def test_diagonals_and_columns(d, rows, h, g, n, m):
+    for hl, distances, columns in ((h, 3, 150), (g, 20, 40), (1, 60, 128)):
+        check(factored(2, h, hl, n, m, rows=rows, distances=distances, columns=columns, seed=n + hl), g, d)
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_parts_of_a_factored_layout_alone(rows):
+    both = factored(1, 4, 4, 600, 900, rows=rows, holes=False)
+    check(replace(both, columns=None, column_count=None), 2, 128)
+    check(replace(both, diagonals=None, diagonal_count=None), 2, 128)
+    check(replace(both, columns=both.columns[:, :1], column_count=both.column_count[:, :1]), 2, 64)
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_all_distances_are_dense(rows):
+    every = torch.arange(0, 1024, 64, device=DEVICE).expand(1, 4, -1)
+    layout = Layout.factored((1, 4, 1000, 1000), diagonals=every, columns=every[..., :5] + 7, block_q=rows)
+    q, k, v = inputs(1, 4, 2, 1000, 1000, 128)
+    dense, dense_lse = poisoned(q, k, v, Layout.dense(1, 4, 1000, 1000))
+    out, lse = poisoned(q, k, v, layout)
+    torch.testing.assert_close(out, dense, atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(lse, dense_lse, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("n,d,distances", [(16384 + 77, 128, 6000), (16384, 64, 300), (16384 - 70, 128, 60)])
+def test_factored_long(rows, n, d, distances):
+    check_blocks(factored(1, 4, 4, n, n, rows=rows, distances=distances, columns=1500, holes=False), 2, d)
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_factored_bit_equal_whatever_the_grid(rows):
+    layout = factored(2, 8, 8, 2000, 2000, rows=rows, distances=30, columns=500)
+    q, k, v = inputs(2, 8, 2, 2000, 2000, 128)
+    first = poisoned(q, k, v, layout)
+    for grid in (None, None, None, None, 1, 7, 64):
+        again = poisoned(q, k, v, layout, grid=grid)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def test_keys_that_no_block_names_do_not_matter():
+    """NaN in every key outside diagonals and columns, the rows of the buffer behind M included."""
+    b, h, g, n, m, d = 1, 4, 4, 384, 900, 128
+    layout = factored(b, h, h, n, m, distances=4, columns=30, seed=4)
+    q, k, v = inputs(b, h, g, n, m, d)
+    clean = poisoned(q, k, v, layout)
+    named = replace(layout, causal=False).to_mask().any(2)  # a tile is read whole, also by rows before its last keys
+    assert bool((~named).any())
+    store = [torch.full((b, g, m + 128, d), float("nan"), device=DEVICE, dtype=q.dtype) for _ in range(2)]
+    for s, t in zip(store, (k, v), strict=True):
+        s[:, :, :m] = t.masked_fill(~named[..., None], float("nan"))
+    dirty = poisoned(q, *(s[:, :, :m] for s in store), layout)
+    assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
+
+
+def test_factored_cuda_graph():
+    layout = factored(1, 4, 4, 1000, 1000)
+    q, k, v = inputs(1, 4, 2, 1000, 1000, 128)
+    attend(q, (k, v), layout, backend="gluon")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(q, (k, v), layout, backend="gluon")
+    for t, new in zip((q, k, v), inputs(1, 4, 2, 1000, 1000, 128, seed=1), strict=True):
+        t.copy_(new)
+    graph.replay()
+    assert torch.equal(out, attend(q, (k, v), layout, backend="gluon"))
+
+
+@pytest.mark.parametrize("share", ["head", "group"])
+def test_what_minference_plans(share):
+    from foveate.methods.base import AttnInput, State
+    from foveate.methods.minference import MInference
+
+    q, k, v = inputs(1, 8, 2, 5000, 5000, 128)
+    method = MInference(columns=200, diagonals=300, share=share)
+    layout = method.plan(AttnInput(q, KV.dense(k, v), "prefill", 0, 1, 128**-0.5), State())
+    assert layout.diagonals is not None and gluon.supports(q, KV.dense(k, v), layout, Want()) is None
+    check_blocks(layout, 2, 128)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import foveate
+from foveate.profile import Profile
 from tests.models import generate, tiny, tokens
+from tests.profiles import folder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 RECIPES = (
@@ -30,6 +32,16 @@ RECIPES = (
     "decode=longheads:chunk=32,attention=128,block=32",
 )
 
+DROPS = (
+    "cache=h2o:heavy=60,recent=40,slack=12",
+    "cache=h2o:heavy=60,recent=40,slack=12,norm=mean,reduce=max",
+    "quest:budget=32,dense_layers=0+cache=h2o:heavy=60,recent=40,slack=16",
+    "duo_attention:sink=4,window=60,slack=12,sparsity=1",
+    "duo_attention:sink=4,window=60,slack=12,profile={gates}",
+    "moa:density=0.3,sink=4,block=4,slack=12",
+    "razor_attention:profile={echo},induction=0.3,sink=4,window=60,fraction=0,slack=12",
+)
+
 
 def model_(dtype=torch.bfloat16):
     return tiny(num_hidden_layers=4, hidden_size=256, head_dim=64, max_position_embeddings=4096).to("cuda", dtype)
@@ -48,6 +60,30 @@ def test_replayed_steps_are_the_steps(recipe, rows):
     with foveate.use(model, recipe, graphs=True) as handle:
         got = run()
         assert handle.graphs.replays >= 36, handle.notes
+    assert torch.equal(got.sequences, want.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", DROPS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_steps_between_evictions_are_replayed(recipe, rows):
+    """Four evictions in place, by steps that are not replayed; the graphs stay right after them."""
+    gen = torch.Generator().manual_seed(0)
+    draw = lambda: torch.rand(4, 2, generator=gen)  # noqa: E731
+    recipe = recipe.format(
+        gates=folder(Profile("duo_attention", {}, {"gates": draw()})),
+        echo=folder(Profile("razor_attention", {}, {n: draw() for n in ("induction", "echo")})),
+    )
+    model, ids = model_(torch.float32), tokens(rows, 700).cuda()
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[1, :133] = 0
+    run = lambda: generate(model, ids, mask, max_new_tokens=54, min_new_tokens=54)  # noqa: E731
+    with foveate.use(model, recipe):
+        want = run()
+    with foveate.use(model, recipe, graphs=True) as handle:
+        got = run()
+        assert handle.graphs.replays >= (30 if "quest" in recipe else 44), handle.notes
     assert torch.equal(got.sequences, want.sequences)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-3, rtol=1e-3)
 

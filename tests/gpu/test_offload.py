@@ -71,6 +71,42 @@ def test_methods_run_beside_the_keys(options):
 
 
 @torch.no_grad()
+def test_dense_layers_follow_on_a_stream_of_their_own():
+    """Steps over pinned pages: the logits of the plain store, and layers that were sent before they were asked for."""
+    from foveate.cache import offload
+
+    model, ids = model_(), tokens(2, 900).cuda()
+    sent, lend = [], offload.Near.lend
+
+    def counts(self, kv, device):
+        sent.append(self.ahead is not None)
+        return lend(self, kv, device)
+
+    def talk():
+        out = [model(ids, use_cache=True)]
+        cache = out[0].past_key_values
+        for i in range(200):  # the stores grow on the way
+            if i == 50:
+                cache.crop(-5)
+            if i == 100:
+                cache = cache.fork()
+            out.append(model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True))
+        return torch.stack([o.logits[:, -1] for o in out]), cache
+
+    with foveate.use(model, "dense"):
+        want, _ = talk()
+    offload.Near.lend = counts
+    try:
+        with foveate.use(model, Recipe(storage="offload")):
+            got, cache = talk()
+    finally:
+        offload.Near.lend = lend
+    assert all(layer.cache.store.k.is_pinned() for layer in cache.layers)
+    assert sum(sent) > 0.9 * len(sent), f"{sum(sent)} of {len(sent)} layers were sent ahead"
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+
+
+@torch.no_grad()
 def test_the_device_holds_what_is_named():
     """A store of 512 MB; steps that name 1,024 entries a list keep a few MB on the device and copy what changed."""
     k = torch.randn(1, 8, 1 << 16, 128, dtype=torch.bfloat16)

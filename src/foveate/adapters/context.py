@@ -69,13 +69,14 @@ class ContextLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.cache, self.columns, self.is_initialized = LayerCache(), 0, False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -tokens_to_remove tokens (negative, as transformers counts). CacheError after an eviction."""
+    def crop(self, tokens_to_remove: int, pads: int = 0) -> None:
+        """Forget the last -tokens_to_remove tokens (negative, as transformers counts), of which `pads` are padding in every
+        row. CacheError after an eviction."""
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in a tensor
         if tokens_to_remove > 0:
             raise CacheError(f"tokens_to_remove: expected a negative number of tokens or 0, got {tokens_to_remove}")
         if tokens_to_remove < 0:
-            self.cache.truncate(-tokens_to_remove)
+            self.cache.truncate(-tokens_to_remove - pads)
             self.columns += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -98,7 +99,8 @@ class ContextCache(Cache):
 
     Attributes:
         run: the methods' memory for a whole generation. broken: a forward failed half-way, so layers disagree.
-        captured: graphs over these stores, see `graphs.py`.
+        captured: graphs over these stores, see `graphs.py`. padding: (first column, real tokens bool `[B, n]`) of each call
+        in which a row had padding; stores know nothing of it.
     """
 
     layers: list[ContextLayer]  # type: ignore[assignment]
@@ -109,6 +111,7 @@ class ContextCache(Cache):
         self.handle = handle
         self.broken = False
         self.captured: Captured | None = None
+        self.padding: list[tuple[int, Tensor]] = []
 
     @property
     def nbytes(self) -> int:
@@ -145,15 +148,55 @@ class ContextCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens in all layers, or CacheError and none of them is changed: some layers
-        may have evicted entries where others keep all."""
-        done = 0
+        may have evicted entries where others keep all, some rows padding among these tokens where others have none."""
+        pads, done = self._pads(-int(tokens_to_remove)), 0
         try:
             for layer in sorted(self.layers, key=lambda x: not x.cache.evicted):  # those that refuse come first
-                layer.crop(tokens_to_remove)
+                layer.crop(tokens_to_remove, pads)
                 done += 1
         except BaseException:
             self.broken = self.broken or done > 0
             raise
+        end = self.get_seq_length()
+        self.padding = [(first, real[:, : end - first]) for first, real in self.padding if first < end]
+
+    def _pads(self, n: int) -> int:
+        """How many of the last n columns are padding, in every row alike."""
+        end, found = self.get_seq_length(), [0] * len(self.seen)
+        for first, real in self.padding:
+            if first < end:
+                new = (~real[:, max(0, end - n - first) : end - first]).sum(1).tolist()
+                found = [a + b for a, b in zip(found, new, strict=True)]
+        if len(set(found)) > 1:
+            raise CacheError(
+                f"tokens_to_remove: the rows have {found} tokens of padding among the last {n}, so they would lose "
+                "different numbers of real ones; take back what is behind the padding, or go on from a fork made before"
+            )
+        return found[0] if found else 0
+
+    def pad(self, first: int, real: Tensor) -> None:
+        """A call whose first token is this column has rows with padding: real tokens bool `[B, n]`."""
+        self.padding = [part for part in self.padding if part[0] < first] + [(first, real)]
+
+    def reset(self) -> None:
+        super().reset()
+        self.run, self.broken, self.captured, self.padding = {}, False, None, []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(len(self.seen)).repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
+        self._reorder(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._reorder(indices)
+
+    def _reorder(self, rows: Tensor) -> None:
+        self.padding = [(first, real[rows.to(real.device)]) for first, real in self.padding]
 
     def fork(self) -> ContextCache:
         """An independent copy, for asking several questions about one context."""
@@ -163,7 +206,12 @@ class ContextCache(Cache):
             copy.info, copy.is_initialized = layer.info, layer.is_initialized
             layers.append(copy)
         out = ContextCache(layers, self.handle)
-        out.run, out.broken = dict(self.run), self.broken
+        out.run, out.broken, out.padding = dict(self.run), self.broken, list(self.padding)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextCache:
+        """A fork: the model behind the cache is not copied, nor are graphs."""
+        out = memo[id(self)] = self.fork()
         return out
 
     def save(self, path: str | Path) -> list[str]:
@@ -175,19 +223,40 @@ class ContextCache(Cache):
             raise CacheError("save: this cache was not filled under a recipe yet")
         from ..cache import persist
 
-        return persist.save(path, [layer.cache for layer in self.layers], self.handle.fingerprint, str(self.handle.recipe))
+        layers, recipe = [layer.cache for layer in self.layers], str(self.handle.recipe)
+        padding = [(first, [_runs(row) for row in real]) for first, real in self.padding]
+        return persist.save(
+            path, layers, self.handle.fingerprint, recipe, {"columns": self.get_seq_length(), "padding": padding}
+        )
 
     @staticmethod
     def load(path: str | Path, model: Any) -> ContextCache:
-        """Read what `save` wrote, on the model's device. CacheError if it belongs to another model; ConfigError if no
-        recipe is applied."""
+        """Read what `save` wrote, on the model's device; under another recipe than the one that saved it without what
+        methods remembered. CacheError if it belongs to another model; ConfigError if no recipe is applied."""
         from ..cache import persist
         from .transformers import handle_of
 
         handle = handle_of(model)
         layers = []
-        for cache in persist.load(path, handle.fingerprint, device=model.device):
-            layer = ContextLayer(cache, max(cache.seen))
+        caches, about = persist.load(path, handle.fingerprint, device=model.device), persist.inspect(path)
+        for cache in caches:
+            if about["recipe"] != str(handle.recipe):
+                cache.forget()
+            layer = ContextLayer(cache, about["extra"].get("columns", max(cache.seen)))
             layer.is_initialized = True
             layers.append(layer)
-        return ContextCache(layers, handle)
+        out = ContextCache(layers, handle)
+        for first, rows in about["extra"].get("padding", []):
+            out.padding.append((first, torch.stack([_row(runs) for runs in rows])))
+        return out
+
+
+def _runs(row: Tensor) -> list[int]:
+    """Lengths of the runs of a bool `[n]`, beginning with one of False, which may have none."""
+    values, counts = row.unique_consecutive(return_counts=True)
+    return [0] * bool(values[0]) + counts.tolist()  # type: ignore[no-any-return]
+
+
+def _row(runs: list[int]) -> Tensor:
+    """The inverse of `_runs`."""
+    return (torch.arange(len(runs)) % 2).bool().repeat_interleave(torch.tensor(runs))

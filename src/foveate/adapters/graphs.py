@@ -3,7 +3,9 @@
 `foveate.apply(model, recipe, graphs=True)` replaces the model's `forward` by one that recognises a single-token step over
 a cache of ours. Its stores become fixed ones; the first step of each phase runs as it is, the second is captured, all
 later ones are replayed. What cannot be captured runs as it is, and `Handle.notes` says why. Selection is inside the graph:
-nothing is planned on the host. With `compiled=True` the layers of captured steps are compiled first (`compiled.py`).
+nothing is planned on the host. A step after which a cache policy drops entries runs as it is: fixed stores drop in place,
+so the graphs of the other steps stay what they are. With `compiled=True` the layers of captured steps are compiled first
+(`compiled.py`).
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ class Graphs:
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if ids is None or ids.shape[1] != 1 or not isinstance(cache, ContextCache) or cache.handle is not self.handle:
             return False
-        if cache.broken:  # the forward says so
+        if cache.broken or ids.shape[0] != len(cache.seen):  # the forward says so
             return False
         if self.handle.meter is not None:  # it wants to see every call
             return False
@@ -89,13 +91,20 @@ class Graphs:
             return self.failed
         if torch.is_grad_enabled() or model.training:
             return "gradients are on; use model.eval() and torch.no_grad()"
+        asked = kwargs.get("return_dict")
+        if not (getattr(model.config, "return_dict", True) if asked is None else asked):
+            return "the call asks for a tuple"
         if more := sorted(k for k, v in kwargs.items() if k not in PLAIN and v is not None and v is not False):
             return f"the call asks for {', '.join(more)}"
         if isinstance(recipe.cache, Method) and type(recipe.cache).evict is not Method.evict:
-            return f"{recipe.cache.id} drops entries while decoding"
+            if recipe.cache.evicts(0) is None:
+                return f"{recipe.cache.id} drops entries while decoding"
+            if all(self._drops(step) for step in range(4)):
+                return f"{recipe.cache.id} drops entries after every step"
         for method in recipe.methods:
             decodes = method is recipe.decode or method is recipe.heads
-            if type(method).observe is not Method.observe and "decode" in method.observes:
+            looks = type(method).observe is not Method.observe and "decode" in method.observes
+            if looks and method.phase(0) is None:
                 return f"{method.id} looks at the result of every step"
             if decodes and method.phase(0) is None:
                 return f"{method.id} plans on the host"
@@ -115,16 +124,19 @@ class Graphs:
         if cache.captured is None or not cache.captured.fits(cache):
             cache.captured = Captured(cache, ids)
         held: Captured = cache.captured
-        at = held.stores[0].seen_now[:, None] if at is None else at
-        phase = self._phase(cache.layers[0].cache.steps) + "/".join(s.phase() for s in held.stores)
+        at = torch.full_like(ids, cache.get_seq_length()) if at is None else at  # as the model counts, padding included
+        step = cache.layers[0].cache.steps
+        phase, drops = self._phase(step) + "/".join(s.phase() for s in held.stores), self._drops(step)
         if self.layers is not None and (why := self.layers.trial(self.forward, held.ids, held.at)) is not None:
             self._plain(why)
         joined = phase not in held.graphs and held.join(cache)  # then stores append by another kernel than before
-        if phase not in held.warm or joined:
+        if drops or phase not in held.warm or joined:
             held.warm.add(phase)
             out = self._run(cache, ids, at)
-            if held.graphs and held.memory != places([layer.cache.batch for layer in cache.layers]):
+            if (held.graphs or drops) and held.memory != memory(cache):
                 held.graphs.clear()  # what this step remembered is elsewhere now: they would read what it replaced
+                if drops:  # methods begin anew, at any phase
+                    held.warm.clear()
             return out
         held.ids.copy_(ids)
         held.at.copy_(at)
@@ -147,6 +159,11 @@ class Graphs:
         methods = (self.handle.recipe.decode, self.handle.recipe.heads)
         return "+".join(str(m.phase(step)) for m in methods if isinstance(m, Method))
 
+    def _drops(self, step: int) -> bool:
+        """The cache policy may drop entries after decode step number `step`."""
+        policy = self.handle.recipe.cache
+        return isinstance(policy, Method) and bool(policy.evicts(step))
+
     def _run(self, cache: ContextCache, ids: Tensor, at: Tensor) -> Any:
         with self.layers or contextlib.nullcontext():
             return self.forward(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -160,7 +177,7 @@ class Graphs:
         before = [(list(c.seen), c.steps, s.counted()) for c, s in held.pairs(cache)], [x.columns for x in cache.layers]
         try:
             held.graphs[phase] = self.record(cache, held)
-            held.memory = places([layer.cache.batch for layer in cache.layers])
+            held.memory = memory(cache)
         except Exception as err:
             for (layer_cache, store), (seen, steps, counted) in zip(held.pairs(cache), before[0], strict=True):
                 layer_cache.seen, layer_cache.steps = seen, steps
@@ -227,6 +244,11 @@ class Captured:
             layer_cache.seen = [s + 1 for s in layer_cache.seen]
             layer_cache.steps += 1
             store.replayed()
+
+
+def memory(cache: ContextCache) -> list[tuple[int, ...]]:
+    """Where everything is that methods remember beside these layers."""
+    return places([(layer.cache.batch, layer.cache.rows) for layer in cache.layers])
 
 
 def places(held: Any) -> list[tuple[int, ...]]:

@@ -102,6 +102,8 @@ class Handle:
             kwargs["past_key_values"] = cache
         seen = cache.get_seq_length() if cache is not None else 0
         valid, counts = _real_tokens(kwargs.get("attention_mask"), b, n, seen)
+        if cache is not None and valid is not None:
+            cache.pad(seen, valid)
         run = cache.run if cache is not None else {}
         step = Step(valid, counts, run=run, notes=self.note_store, meter=self.meter, gate=self.gate)
         limit = getattr(module.config, "max_position_embeddings", None)

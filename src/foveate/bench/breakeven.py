@@ -304,7 +304,8 @@ def markdown(data: dict[str, Any]) -> str:
         head = [f"| {phase}, speed-up over dense | break-even | " + " | ".join(f"{n:,}" for n in lengths) + " |"]
         head.append("| --- " * (2 + len(lengths)) + "|")
         for b in mine:
-            plain = any(r["params"].get("graph") == 0 for r in data["rows"] if r["params"]["method"] == b.method)
+            rows = (r["params"] for r in data["rows"])
+            plain = any(p.get("graph") == 0 for p in rows if (p["phase"], p["method"]) == (phase, b.method))
             name = f"`{b.recipe}`" + (", not captured" if plain and data["device"].partition(" ")[0] != "CPU" else "")
             cells = " | ".join(f"{b.speedups[n]:.2f}" if n in b.speedups else "-" for n in lengths)
             head.append(f"| {name} | {b} | {cells} |")

@@ -25,6 +25,9 @@ from ..kv import KV
 from ..layout import Layout, Part, Parts
 from ..methods.base import AttnInput, Method, State
 
+# cuDNN where it can: not in fp32, nor before Ampere
+FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 KINDS = ("peaked",) * 4 + ("diagonal",) * 2 + ("clusters", "flat")
 ROWS = 512  # query rows on which masses and errors are looked at
 LAYER, LAYERS = 16, 32  # of the model that the call claims to come from: beyond the layers that methods leave dense
@@ -119,7 +122,7 @@ class Problem:
         k2, v2 = (t.repeat_interleave(h // g, 1) for t in (k, v)) if cuda else (k, v)  # cuDNN: outside of the clock
 
         def library() -> Tensor:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if cuda else nullcontext():
+            with sdpa_kernel(FIRST, set_priority=True) if cuda else nullcontext():
                 return scaled_dot_product_attention(q, k2, v2, is_causal=True, enable_gqa=k2.shape[1] != h)
 
         calls = {"dense, cuDNN" if cuda else "dense, SDPA": library, "dense, ours": lambda: attend(q, x.kv, None)}

@@ -94,13 +94,17 @@ class DenseStore:
         size, used = need + room(need), max(self.count)
 
         def grow(t: Tensor) -> Tensor:
-            out = t.new_empty(*t.shape[:2], size, *t.shape[3:])
+            out = self._blank(t, size)
             out[:, :, :used] = t[:, :, :used]
             return out
 
         self.k, self.v = grow(self.k), grow(self.v)
         self.pos = None if self.pos is None else grow(self.pos)
         self.bias = None if self.bias is None else grow(self.bias)
+
+    def _blank(self, t: Tensor, size: int) -> Tensor:
+        """Room for `size` entries like those of t `[B, G, *, ...]`."""
+        return t.new_empty(*t.shape[:2], size, *t.shape[3:])
 
     def view(self) -> KV:
         m = max(self.count)

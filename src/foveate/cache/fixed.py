@@ -1,8 +1,9 @@
 """Stores whose lengths live on the device, so that a captured decode step can be replayed over them.
 
 An ordinary store tells kernels its length through shapes and offsets that the host computes; a captured graph cannot see
-those change. Here every view has the same shapes, and one token is written where tensors say. The host counts along, and
-whoever replays a graph says so (`replayed`). `fix` makes one from an ordinary store, where there is one for its kind.
+those change. Here every view has the same shapes, one token is written where tensors say, and entries are dropped in place.
+The host counts along, and whoever replays a graph says so (`replayed`). `fix` makes one from an ordinary store, where there
+is one for its kind.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from torch import Tensor
 
 from ..errors import CacheError
 from ..kv import KV
+from ..methods.base import Selection
 from ..scores import fused
+from ..scores.keys import pieces
 from .dense import DenseStore
 from .ragged import RaggedStore
 from .ring import RingStore
+from .select import check
 from .store import SLACK, Store, room
 
 if TYPE_CHECKING:
@@ -138,6 +142,22 @@ class FixedDense(DenseStore, Fixed):
         lens = self.now.clone() if self._said is None else self._said
         return KV(self.k, self.v, "dense", self.k.shape[2], len=lens, pos=self.pos, bias=self.bias)
 
+    def select(self, selection: Selection) -> Store:
+        check(self.view(), selection)
+        counts = selection.full_counts()
+        rows = counts.tolist()
+        wide = max(max(row) for row in rows)
+        even = all(n == row[0] for row in rows for n in row)
+        if self.pos is None or not even or not _stays(selection, self.bias) or self.k.shape[2] > 2 * (wide + SLACK):
+            return self.loose().select(selection)
+        index = selection.indices[:, :, :wide].long()
+        for t in (self.k, self.v, self.pos):
+            _pull(t, index)
+        _pull_bias(self.bias, index, selection, counts)
+        self.now.copy_(counts)
+        self.count, self._said = [row[0] for row in rows], None
+        return self
+
     def fork(self) -> DenseStore:
         return self.loose().fork()
 
@@ -243,7 +263,7 @@ class FixedRagged(RaggedStore, Fixed):
 
     def loose(self) -> RaggedStore:
         out = object.__new__(RaggedStore)
-        out.__dict__.update({n: t for n, t in self.__dict__.items() if n not in ("seen_now", "size")})
+        out.__dict__.update({n: t for n, t in self.__dict__.items() if n not in ("seen_now", "size", "beside")})
         return out
 
     def view(self) -> KV:
@@ -251,6 +271,29 @@ class FixedRagged(RaggedStore, Fixed):
         bias = None if self.bias is None else self.bias[:, :, :m]
         lens = self._len.clone()
         return KV(self.k, self.v, "ragged", m, len=lens, offsets=self._offsets, pos=self.pos[:, :, :m], bias=bias)
+
+    def select(self, selection: Selection) -> Store:
+        kv = self.view()
+        check(kv, selection)
+        counts = selection.full_counts()
+        rows = counts.tolist()
+        flat = [n for row in rows for n in row]
+        slots = self.k.shape[0]
+        if not _stays(selection, self.bias) or slots > 2 * (sum(flat) + SLACK * len(flat)):
+            return self.loose().select(selection)
+        index = selection.indices[:, :, : max(flat)].long()
+        for lo, hi in pieces(index.shape[2], index[:, :, :1].numel() * (self.k.shape[1] + self.v.shape[1])):
+            at = torch.arange(lo, hi, device=index.device)
+            live = at < counts[..., None]
+            here, there = kv.rows(index[:, :, lo:hi])[live], (self._offsets[..., None] + at)[live]
+            self.k[there], self.v[there] = self.k[here], self.v[here]
+        _pull(self.pos, index)
+        _pull_bias(self.bias, index, selection, counts)
+        self._len.copy_(counts)
+        begins = [start for row in self.starts for start in row] + [slots]
+        self.free = min(b - a - n for a, b, n in zip(begins, begins[1:], flat, strict=False))
+        self.counts = rows
+        return self
 
     def fork(self) -> RaggedStore:
         return self.loose().fork()
@@ -266,12 +309,39 @@ _KINDS: dict[type, Callable[..., Store]] = {DenseStore: FixedDense, RingStore: F
 
 
 def _widen(t: Tensor, used: int, size: int) -> Tensor:
-    """`[B, G, size, ...]` with the first `used` entries of t; t itself where it has that size already."""
+    """`[B, G, size, ...]` with the first `used` entries of t, then zeros; t itself where it has that size already."""
     if t.shape[2] == size:
+        t[:, :, used:] = 0
         return t
     out = t.new_zeros(*t.shape[:2], size, *t.shape[3:])
     out[:, :, :used] = t[:, :, :used]
     return out
+
+
+def _stays(selection: Selection, bias: Tensor | None) -> bool:
+    """The kept entries are stored as they were."""
+    return selection.ring is None and selection.channels is None and (selection.bias is None or bias is not None)
+
+
+def _pull(t: Tensor, index: Tensor) -> None:
+    """Entries index int64 `[B, G, n]` of t `[B, G, size, ...]` to its front, in their place.
+
+    Ascending numbers go to lower places, so pieces from the left never overwrite what a later one reads.
+    """
+    for lo, hi in pieces(index.shape[2], t[:, :, :1].numel()):
+        piece = index[:, :, lo:hi]
+        piece = piece[..., None].expand(*piece.shape, t.shape[3]) if t.dim() == 4 else piece
+        t[:, :, lo:hi] = t.gather(2, piece)
+
+
+def _pull_bias(bias: Tensor | None, index: Tensor, selection: Selection, counts: Tensor) -> None:
+    """The same for weights, with those of the selection added; free slots hold 0."""
+    if bias is None:
+        return
+    _pull(bias, index)
+    if selection.bias is not None:
+        bias[:, :, : index.shape[2]] += selection.bias[:, :, : index.shape[2]]
+    bias.masked_fill_(torch.arange(bias.shape[2], device=bias.device) >= counts[..., None], 0.0)
 
 
 def _new(seen: Tensor, like: Tensor, at: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from .store import Store, room
 class Ring:
     """Keys or values of a fixed store: the last `width` entries, and codes with room for `size` and for as many spare ones.
 
-    Tensors are those of `Coded`. since: int64 `[B]`, entries that were coded when this was made: never coded again.
+    Tensors are those of `Coded`. since: int64 `[B]`, entries that were coded when this was made: never coded again. `known`
+    says the same on the host. A side at 16 bits that was rolled back has more of them than the rule says.
     """
 
     def __init__(self, side: Side, width: int, size: int):
@@ -36,7 +37,7 @@ class Ring:
             wide = t.new_zeros(*t.shape[:2], n, *t.shape[3:])
             wide[:, :, :used] = t[:, :, :used]
             setattr(self, name, wide)
-        self.since = done.there().clone()
+        self.since, self.known = done.there().clone(), done.host
         self.tail = side.tail.new_zeros(*side.tail.shape[:2], width, side.tail.shape[3])
         i = torch.arange(held.most, device=self.tail.device)
         real = (i < held.there()[:, None])[:, None, :, None]
@@ -60,10 +61,10 @@ class Ring:
     def code_all(self, now: Tensor) -> None:
         """Quantise the ring. Of a row whose ring is not full these are the places of entries still to come."""
         first = (now - 1).clamp(min=0) // self.width * self.width
-        first = torch.where(first >= self.since, first, self.size)
         index = torch.arange(self.width, device=now.device)
-        units = first[:, None] // self.unit + index[: self.width // self.unit]
-        self._code(self.tail, first[:, None] + index, units)
+        units = torch.where(first >= self.since, first, self.size)[:, None] // self.unit + index[: self.width // self.unit]
+        at = first[:, None] + index
+        self._code(self.tail, torch.where(at >= self.since[:, None], at, self.size + index), units)
 
     def _code(self, x: Tensor, at: Tensor, units: Tensor) -> None:
         if self.bits == 16:
@@ -170,7 +171,7 @@ class FixedQuantised(QuantisedStore, Fixed):
 
     def view(self) -> KV:
         (keys, values), r, m, now = self.near, self.rule[3], self.size, self.now.clone()
-        done = self.settled // r * r, (self.settled - r).clamp(min=0)
+        done = torch.maximum(self.settled // r * r, keys.since), torch.maximum(self.settled - r, values.since)
         lens = now.int()[:, None].expand(keys.tail.shape[:2]).contiguous()
         make = lambda: (keys.whole(m, done[0], now), values.whole(m, done[1], now))  # noqa: E731
         if 16 in self.rule[:2]:
@@ -185,8 +186,9 @@ class FixedQuantised(QuantisedStore, Fixed):
         r = self.rule[3]
         out.count = Rows(self.count.host, self.count.device)
         calm = Rows(self.calm.host, self.count.device)
-        keys.loose(out.keys, calm.map(lambda n: n // r * r), out.count)
-        values.loose(out.values, calm.map(lambda n: (n - r) * (n > r)), out.count)
+        for ring, side, rule in ((keys, out.keys, lambda n: n // r * r), (values, out.values, lambda n: n - r)):
+            done = [max(rule(n), known) for n, known in zip(calm.host, ring.known, strict=True)]
+            ring.loose(side, Rows(done, calm.device), out.count)
         most = out.count.most
         out.pos, out.bias = (None if t is None else t[:, :, :most].clone() for t in (self.pos, self.bias))
         return out

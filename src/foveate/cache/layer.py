@@ -34,7 +34,8 @@ class LayerCache:
     seen: real tokens each row has seen, evicted ones included (the next token's text position).
     rows: per row, the state of prefill and compress. batch: the state of decode, over all rows.
     tails: per row, the last queries of the prompt `[1, H, t, D]`, saved for `compress`.
-    pending: a multi-token call came since the last compression. evicted: entries were dropped.
+    pending: a multi-token call came since the last compression. fresh: tokens that came since then, padding included.
+    evicted: entries were dropped.
     steps: single-token calls since the last call of several tokens.
     """
 
@@ -45,6 +46,7 @@ class LayerCache:
         self.batch = LayerState()
         self.tails: list[Tensor | None] = []
         self.pending = False
+        self.fresh = 0
         self.evicted = False
         self.steps = 0
 
@@ -70,6 +72,7 @@ class LayerCache:
         if counts is None:
             counts = [n] * b if valid is None else valid.sum(-1).tolist()
         self.store = self.store.append(k, v, valid, self.seen)
+        self.fresh = (self.fresh if self.pending else 0) + n
         self.seen = [s + c for s, c in zip(self.seen, counts, strict=True)]
 
     def positions(self, n: int, device: torch.device) -> Tensor:
@@ -121,6 +124,8 @@ class LayerCache:
             return
         self.store.truncate(n)
         self.seen = [s - n for s in self.seen]
+        self.fresh = max(0, self.fresh - n)
+        self.pending = self.pending and self.fresh > 0  # else all that a compression would look at is gone again
         for state in (*self.rows, self.batch):
             state.truncate(n)
         self.tails = [None if t is None or t.shape[2] <= n else t[:, :, : t.shape[2] - n] for t in self.tails]
@@ -141,5 +146,6 @@ class LayerCache:
         out = LayerCache()
         out.store = None if self.store is None else self.store.fork()
         out.seen, out.pending, out.evicted, out.steps = list(self.seen), self.pending, self.evicted, self.steps
+        out.fresh = self.fresh
         out.rows, out.batch, out.tails = [r.fork() for r in self.rows], self.batch.fork(), list(self.tails)
         return out

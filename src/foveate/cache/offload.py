@@ -4,11 +4,18 @@ On the CPU it is a `DenseStore` with room set aside. With another device, planni
 next to the keys, and `fetch` copies the entries its plan names, and no others, to the device in one piece. What the last
 step fetched stays there (`Near`), so that only what is named anew is copied, from pinned memory and without a wait of the
 host. `whole` lends a layer's entries to the device for a prompt.
+
+A layer whose plan is dense needs everything. While one is computed, the next one's entries follow on a stream of their
+own (`follow`), if its last step was dense too, and the host waits for neither. That needs pinned memory, which what grows
+under a model on a GPU is as long as half of the free memory is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import functools
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -38,7 +45,22 @@ class OffloadStore(DenseStore):
 
     def __init__(self, k: Tensor, v: Tensor, lens: list[int], pos: Tensor | None = None, bias: Tensor | None = None):
         super().__init__(k, v, lens, pos, bias)
-        self.near = Near()
+        self.near, self.pins = Near(), False
+
+    @property
+    def nbytes(self) -> int:
+        """As of every store; PyTorch rounds pinned memory up to a power of two."""
+        given = [t.numel() * t.element_size() for t in (self.k, self.v, self.pos, self.bias) if t is not None]
+        return sum(given) if not self.k.is_pinned() else sum(map(_rounded, given[:2])) + sum(given[2:])
+
+    def _blank(self, t: Tensor, size: int) -> Tensor:
+        shape = (*t.shape[:2], size, *t.shape[3:])
+        if self.pins and t.dim() == 4:
+            need = _rounded(t.shape[0] * t.shape[1] * size * t.shape[3] * t.element_size())
+            with contextlib.suppress(RuntimeError, ValueError):  # no more of it, or nobody knows
+                if 2 * need <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+                    return torch.empty(shape, dtype=t.dtype, pin_memory=True)
+        return t.new_empty(shape)
 
     @staticmethod
     def empty(k: Tensor, v: Tensor, reserve: int = 0) -> OffloadStore:
@@ -50,6 +72,7 @@ class OffloadStore(DenseStore):
         return OffloadStore(keys, values, [0] * k.shape[0])
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None, seen: list[int]) -> Store:
+        self.pins = k.device.type == "cuda"
         return super().append(k.to(HOST), v.to(HOST), None if valid is None else valid.to(HOST), seen)
 
     def select(self, selection: Selection) -> Store:
@@ -93,16 +116,44 @@ class Near:
     Attributes:
         names: int64 `[B, U, C]` on the host, entries of each list, ascending, padded with a number beyond all entries.
         k, v: `[B, U, C, D]` and `[B, U, C, Dv]` on the device. copied: entries that came from the host so far.
+        whole: the last step needed every entry. ahead: those on their way for the next one: keys, values, how many of
+            each row are among them, and the event after which they are there.
     """
 
     def __init__(self) -> None:
         self.names: Tensor | None = None
         self.k: Tensor
         self.v: Tensor
-        self.copied = 0
+        self.copied, self.whole = 0, False
+        self.ahead: tuple[Tensor, Tensor, int, Any] | None = None
+
+    def send(self, store: OffloadStore, device: torch.device | str) -> None:
+        """Begin to copy all entries; nobody waits."""
+        if self.ahead is not None or min(store.count) == 0:
+            return
+        side = _side(device)
+        with contextlib.nullcontext() if side is None else torch.cuda.stream(side):
+            k, v = (t.to(device, non_blocking=side is not None, copy=True) for t in (store.k, store.v))
+            self.ahead = k, v, min(store.count), None if side is None else side.record_event()
+
+    def lend(self, kv: KV, device: torch.device | str) -> KV:
+        """All entries of a view of the store, with those that were sent ahead."""
+        ahead, self.ahead, self.whole = self.ahead, None, True
+        if ahead is None or ahead[0].shape[2] < kv.capacity or ahead[0].device.type != torch.device(device).type:
+            return whole(kv, device)
+        k, v, n, event = ahead
+        if event is not None:
+            now = torch.cuda.current_stream(k.device)
+            now.wait_event(event)
+            for t in (k, v):
+                t.record_stream(now)
+        for there, t in ((k, kv.k), (v, kv.v)):
+            there[:, :, n : kv.capacity] = _send(t[:, :, n:].contiguous(), device)
+        rest = whole(replace(kv, k=kv.k[:, :, :0], v=kv.v[:, :, :0]), device)
+        return replace(rest, k=k[:, :, : kv.capacity], v=v[:, :, : kv.capacity])
 
     def clear(self) -> None:
-        self.names = None
+        self.names = self.ahead = None
         self.__dict__.pop("k", None)
         self.__dict__.pop("v", None)
 
@@ -142,6 +193,23 @@ class Near:
         b, u, _ = entries.shape
         parts = kv.gather(entries.reshape(b, kv.shape[1], -1))  # the lists of a kv head side by side
         return tuple(_send(t.reshape(b, u, -1, t.shape[-1]), device) for t in parts)
+
+
+def _rounded(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def follow(stores: Mapping[int, OffloadStore], layer: int, device: torch.device) -> None:
+    """Send the entries of the layer after this one, if its last step needed all of them. stores: layer -> its store."""
+    after = stores.get(layer + 1, stores[min(stores)])
+    if after.k.is_pinned() and after.near.whole and after is not stores[layer]:
+        after.near.send(after, device)
+
+
+@functools.cache
+def _side(device: torch.device | str) -> Any:
+    """The stream on which entries follow, None where there are no streams."""
+    return torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
 
 
 def _send(t: Tensor, device: torch.device | str) -> Tensor:
@@ -206,7 +274,9 @@ def fetch(kv: KV, layout: Layout, device: torch.device | str, held: Near | None 
     if m != kv.capacity or b != kv.shape[0]:
         raise ShapeError(f"layout: expected [B, M] = {[kv.shape[0], kv.capacity]} like the view, got {[b, m]}")
     if layout.full or n != 1:
-        return whole(kv, device), layout.to(device)
+        return whole(kv, device) if held is None else held.lend(kv, device), layout.to(device)
+    if held is not None:
+        held.whole, held.ahead = False, None
     entries, count = _named(kv, layout)
     g, units = kv.shape[1], entries.shape[1]
     entries, count = (t.expand(b, *t.shape[1:]) for t in (entries, count))

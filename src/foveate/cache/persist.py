@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,18 @@ STORES: dict[str, type[Store]] = {
 }
 
 
-def save(path: str | os.PathLike[str], layers: Sequence[LayerCache], fingerprint: str, recipe: str) -> list[str]:
+def save(
+    path: str | os.PathLike[str],
+    layers: Sequence[LayerCache],
+    fingerprint: str,
+    recipe: str,
+    extra: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Write all layers to `path`. The file appears whole or not at all; an older one stays until then.
 
     Args:
         layers: the caches, one per layer. fingerprint: says which model made them; `load` demands the same text.
-        recipe: the recipe's text, for `inspect`.
+        recipe: the recipe's text, for `inspect`. extra: what else `inspect` is to give back, as JSON can say it.
 
     Returns:
         Names of method state that could not be saved (not tensors), each once.
@@ -55,7 +61,7 @@ def save(path: str | os.PathLike[str], layers: Sequence[LayerCache], fingerprint
     lost: dict[str, None] = {}
     described = [_describe(layer, f"{i}.", tensors, lost) for i, layer in enumerate(layers)]
     meta = {"format": FORMAT, "version": str(VERSION), "fingerprint": fingerprint, "recipe": recipe}
-    meta["layers"] = json.dumps(described)
+    meta["layers"], meta["extra"] = json.dumps(described), json.dumps(dict(extra or {}))
     target = Path(path)
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
@@ -91,9 +97,11 @@ def load(path: str | os.PathLike[str], fingerprint: str, device: torch.device | 
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """fingerprint, recipe and per layer kind, seen and evicted, without reading the tensors. Raises like `load`."""
+    """fingerprint, recipe, extra ({} where none was given) and per layer kind, seen and evicted, without reading the
+    tensors. Raises like `load`."""
     with _opened(path) as (_, meta):
-        return {**{n: meta[n] for n in ("fingerprint", "recipe")}, "layers": json.loads(meta["layers"])}
+        read = {"layers": json.loads(meta["layers"]), "extra": json.loads(meta.get("extra", "{}"))}
+        return {**{n: meta[n] for n in ("fingerprint", "recipe")}, **read}
 
 
 @contextlib.contextmanager
@@ -143,7 +151,7 @@ def _rebuild(entry: dict[str, Any], prefix: str, file: Any, device: torch.device
 
     layer = LayerCache()
     layer.seen, layer.pending, layer.evicted = list(entry["seen"]), bool(entry["pending"]), bool(entry["evicted"])
-    rows = len(layer.seen)
+    rows, layer.fresh = len(layer.seen), max(layer.seen, default=0)
     layer.rows, layer.tails = [LayerState() for _ in range(rows)], [None] * rows
     if entry["kind"] is not None:
         if entry["kind"] not in STORES:

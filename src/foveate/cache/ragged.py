@@ -139,7 +139,7 @@ class RaggedStore:
     def fork(self) -> RaggedStore:
         out = object.__new__(RaggedStore)
         out.__dict__.update(self.__dict__)
-        out.k, out.v, out.pos = self.k.clone(), self.v.clone(), self.pos.clone()
+        out.k, out.v, out.pos, out._len = self.k.clone(), self.v.clone(), self.pos.clone(), self._len.clone()
         out.bias = None if self.bias is None else self.bias.clone()
         return out
 

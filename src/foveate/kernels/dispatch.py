@@ -189,8 +189,8 @@ def _attend_parts(q, kv, plan, scale, want_lse, want_mass, softcap, name):  # ty
     parts = [(q if p.q is None else p.q, kv if p.kv is None else p.kv, p) for p in plan.parts]
     for i, (pq, pkv, part) in enumerate(parts):
         _check(pq, pkv, part.layout)
-        if pq.shape[:3] != q.shape[:3] or pkv.v.shape[-1] != kv.v.shape[-1]:
-            want, got = [*q.shape[:3], kv.v.shape[-1]], [*pq.shape[:3], pkv.v.shape[-1]]
+        if pq.shape[:3] != q.shape[:3] or pkv.shape[4] != kv.shape[4]:
+            want, got = [*q.shape[:3], kv.shape[4]], [*pq.shape[:3], pkv.shape[4]]
             raise ShapeError(f"parts: expected outputs [B, H, N, Dv] = {want} of every part, got {got} of part {i}")
         if part.gate is not None and part.gate.shape != q.shape[:3]:
             raise ShapeError(f"gate: expected [B, H, N] = {list(q.shape[:3])}, got {list(part.gate.shape)} in part {i}")
@@ -216,9 +216,9 @@ def _attend_parts(q, kv, plan, scale, want_lse, want_mass, softcap, name):  # ty
 
 def _attend(q, kv, layout, scale, want_lse, want_mass, softcap, name):  # type: ignore[no-untyped-def]
     cap = float(softcap or 0.0)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, kv.k, kv.v, kv.bias))
+    grad = torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad)
     want = Want(lse=want_lse, mass=want_mass, grad=grad, softcap=cap > 0)
-    if not grad and not torch.compiler.is_compiling():
+    if (not grad and not torch.compiler.is_compiling()) or name == "packed":  # which reads what no operator is handed
         return _forward(q, kv, layout, scale, cap, want, name)
     if (
         name in (None, "auto", "sdpa")

@@ -33,6 +33,7 @@ NAME = "fa4"
 GRID = 128  # rows of its query tiles; keys of its key blocks in the backward pass
 WIDTHS = (64, 128)  # keys of a block it was tested with, forward
 HEAD_DIMS = (64, 128)
+FULL = 250  # `Layout.share` above which its backward pass over lists was measured to be faster than ours
 PAYS = 8192  # rows and keys from which a dense backward pass was measured to be faster
 SCRATCH = 1 << 24  # blocks of the transposed table in use at once
 _FORWARD = ("softmax_scale", "causal", "pack_gqa", "mask_mod", "block_sparse_tensors", "return_lse", "out")
@@ -77,8 +78,8 @@ def backward_supports(q: Tensor, kv: KV, layout: Layout, softcap: float) -> str 
 
 
 def backward_pays(q: Tensor, kv: KV, layout: Layout) -> bool:
-    """`auto` takes this backward pass: dense layouts of measured lengths. Reads no device value."""
-    return layout.full and min(layout.shape[2:]) >= PAYS
+    """`auto` takes this backward pass: long dense layouts, and long lists known to be dense. Reads no device value."""
+    return (layout.full or layout.share > FULL) and min(layout.shape[2:]) >= PAYS
 
 
 def _unserved(q: Tensor, kv: KV, layout: Layout) -> str | None:
@@ -111,7 +112,7 @@ def _unserved(q: Tensor, kv: KV, layout: Layout) -> str | None:
 def _off_grid(layout: Layout) -> str | None:
     """Whether every tile begins on the grid: the one question about data (one synchronisation)."""
     tiles, count = layout.tiles, layout.tile_count
-    if tiles is None or count is None:
+    if tiles is None or count is None or layout.share >= 0:  # a validation has looked
         return None
     if tiles.is_cuda and torch.cuda.is_current_stream_capturing():
         return "whether tiles lie on its grid cannot be asked while a CUDA graph is captured"

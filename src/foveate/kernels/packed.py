@@ -107,6 +107,9 @@ def _thinned(q: Tensor, kv: KV, packed: Thinned, bias: Tensor | None, scale: flo
     parts = [_dense(thin, packed.few, packed.v[:, :, :few], done, old, scale)]
     if packed.even is not None:
         t = min(t, packed.v.shape[2] - packed.even)
+    if t == 0:  # pruned to the last entry, and none is new
+        return parts[0]
+    if packed.even is not None:
         span = slice(packed.even, packed.even + t)
         v, near = packed.v[:, :, span], None if bias is None else bias[:, :, span]
     else:  # rows whose tails begin at different entries

@@ -67,12 +67,16 @@ def _dense(q: Tensor, kv: KV, limit: Tensor, scale: float) -> Result | None:
     return out.reshape(b, h, 1, -1), lse.reshape(b, h, 1)
 
 
-def _ruled(q: Tensor, kv: KV, layout: Layout, scale: float) -> Result:
+def _ruled(q: Tensor, kv: KV, layout: Layout, scale: float) -> Result | None:
     """A rule over entries in no order of position (a ring, an evicted cache): often all of them satisfy it."""
     b, h, _, _ = q.shape
     g, m = kv.shape[1], kv.capacity
-    seen = layout.to_mask(kv).view(b, g, h // g, m)
-    out, lse = flash(q.reshape(b, g, h // g, -1), kv.k, kv.v, None if bool(seen.all()) else seen, None, scale)
+    n = m if kv.len is None else int(kv.len.max())
+    if kv.len is not None and int(kv.len.min()) < n:  # what lies beyond a row's entries may be NaN: the chunks skip it
+        return None
+    seen = layout.to_mask(kv).view(b, g, h // g, m)[..., :n]
+    k, v = kv.k[:, :, :n], kv.v[:, :, :n]
+    out, lse = flash(q.reshape(b, g, h // g, -1), k, v, None if bool(seen.all()) else seen, None, scale)
     return out.reshape(b, h, 1, -1), lse.reshape(b, h, 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from .base import AttnInput, Method
 class Voting(Method):
     """A cache policy with the options `window`, `capacity`, `kernel`, `pooling`, `reduce` and `sink`; its file gives their
     defaults. `capacity` counts what stays, window and sinks included."""
+
+    together: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..lists import compact, trim
+from ..lists import compact
 from ..select import top_k
 from ._voting import Voting
 from .base import AttnInput, Selection, State, option
@@ -48,9 +48,9 @@ class AdaKV(Voting):
     }
 
     def compress(self, x: AttnInput, state: State) -> Selection | None:
-        length = x.kv.lengths()
-        if x.kv.capacity <= self.capacity or int(length.sum()) <= self.capacity * x.groups:
-            return None
+        most, rows = self.capacity * x.groups, len(x.q)
+        if x.kv.capacity <= self.capacity or (x.kv.len is not None and int(x.kv.len.sum()) <= most * rows):
+            return None  # the device is asked only where the lengths of heads differ
         if (votes := self.votes(x)) is None:
             return None
         (score, recent), exists = votes, x.kv.exists()
@@ -59,7 +59,9 @@ class AdaKV(Voting):
             score, self.capacity - self.window, self.floor, valid=exists & ~recent, forced=sinks, weigh=self.weigh
         )
         index, count = compact(top_k(score, budget + recent.sum(-1), valid=exists, forced=sinks | recent))
-        return Selection(trim(index, count).long(), count.long())
+        mean = self.capacity - self.window  # a head that wins everything; rounding may give it one more
+        least, widest = self.window + self.sink, (1 - self.floor) * x.groups * mean + self.floor * mean
+        return Selection(index[..., : max(least, self.window + int(widest) + 2)].long(), count.long())
 
 
 def share_out(score: Tensor, k: int, floor: float, *, valid: Tensor, forced: Tensor, weigh: bool = False) -> Tensor:

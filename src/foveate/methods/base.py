@@ -223,6 +223,7 @@ class Method:
         presets: named settings for other lengths, `method@name`.
         observes: phases in which `observe` is called.
         evicted_ok: prefill planning works on a cache whose entries are no longer all positions 0..M-1.
+        together: `compress` keeps no state and takes rows of equal lengths as one batch.
         knob: the hyperparameter that the generic offline search bisects, or None (see `search.py`).
         extends: re-assigned positions keep every distance inside the model's range, so prompts may be longer than it.
     """
@@ -237,6 +238,7 @@ class Method:
     sees: ClassVar[tuple[str, ...]] = ()
     observes: ClassVar[tuple[str, ...]] = ("prefill", "decode")
     evicted_ok: ClassVar[bool] = False
+    together: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     knob: ClassVar[Knob | None] = None
     extends: ClassVar[bool] = False
@@ -279,6 +281,13 @@ class Method:
 
         `state.layer` is that of decode, all rows; `state.rows` those of the prompt. An eviction copies what stays, so a
         policy lets some entries gather before it drops them.
+        """
+        return None
+
+    def evicts(self, step: int) -> bool | None:
+        """As a cache policy: whether `evict` may drop entries after decode step number `step`; None: nobody knows before.
+
+        Steps that drop nothing are captured (`phase`), so `evict` must not count calls on the host: they do not see replays.
         """
         return None
 

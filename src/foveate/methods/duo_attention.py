@@ -92,15 +92,16 @@ class DuoAttention(Method):
         return self._keep(x, state, end) if x.kv.capacity > self.sink + self.window else None
 
     def evict(self, x: AttnInput, state: State) -> Selection | None:
-        if not any(self._streaming(x, state)) or x.kv.capacity <= self.sink + self.window:
-            return None
-        grown = state.layer.get("duo_attention", 0) + 1
-        state.layer["duo_attention"] = grown
-        if grown < self.slack:
+        if not self.evicts(x.step) or x.kv.capacity <= self.sink + self.window:
             return None
         assert x.q_pos is not None
-        state.layer["duo_attention"] = 0
         return self._keep(x, state, x.q_pos[:, 0] + 1)
+
+    def evicts(self, step: int) -> bool:
+        return (step + 1) % self.slack == 0
+
+    def phase(self, step: int) -> str | None:
+        return "step"
 
     def _keep(self, x: AttnInput, state: State, end: Tensor) -> Selection | None:
         """All entries of retrieval heads; of streaming heads the sink and the last `window` before `end` `[B]`."""

@@ -65,11 +65,10 @@ class H2O(Method):
         score = column_mass if x.phase == "prefill" else window_mass
         got = group_reduce(score(x.q, x.kv, x.q_pos, scale=x.scale, softcap=x.softcap), x.groups, self.reduce)
         rows = [state.layer] if x.phase == "prefill" else state.rows
-        held = [row.get(SUMS) or Sums(got[:1, :, :0]) for row in rows]
-        wide = [pad(s.mass, (0, got.shape[2] - s.mass.shape[2])) for s in held]  # new entries begin with nothing
-        total = got + (wide[0] if len(wide) == 1 else torch.cat(wide))
-        for i, (row, s) in enumerate(zip(rows, held, strict=True)):
-            row[SUMS] = Sums(total[i : i + 1], s.length)
+        for row in rows:
+            if SUMS not in row:
+                row[SUMS] = Sums(got[:1, :, :0])
+        Sums.add([row[SUMS] for row in rows], got)
 
     def compress(self, x: AttnInput, state: State) -> Selection | None:
         if SUMS not in state.layer:
@@ -81,10 +80,16 @@ class H2O(Method):
 
     def evict(self, x: AttnInput, state: State) -> Selection | None:
         sums = [row.get(SUMS) for row in state.rows]
-        if (x.step + 1) % self.slack or any(s is None or s.length is None for s in sums):
+        if not self.evicts(x.step) or any(s is None or s.length is None for s in sums):
             return None  # without a prompt there is nothing that the budget could be a ratio of
         assert x.q_pos is not None
         return self._keep(x, sums, x.q_pos)
+
+    def evicts(self, step: int) -> bool:
+        return (step + 1) % self.slack == 0
+
+    def phase(self, step: int) -> str | None:
+        return "step"
 
     def _keep(self, x: AttnInput, sums: list[Any], now: Tensor) -> Selection | None:
         """What stays of each row; None if nothing goes. now: int `[B, 1]`, the newest position."""
@@ -96,7 +101,8 @@ class H2O(Method):
         if not bool((length > (heavy + recent)[:, None]).any()):
             return None
         near = exists & (torch.arange(x.kv.capacity, device=x.device) >= (length - recent[:, None])[..., None])
-        score = sums[0].mass if len(sums) == 1 else torch.cat([s.mass for s in sums])
+        mass = [s.mass[:, :, : x.kv.capacity] for s in sums]
+        score = mass[0] if len(mass) == 1 else torch.cat(mass)
         if self.norm == "mean":
             score = score / (now[..., None] + 1 - x.kv.positions()).clamp(min=1)
         budget = (heavy + recent)[:, None].expand(length.shape)
@@ -111,13 +117,28 @@ class Sums:
 
     Attributes:
         length: tokens of the prompt when it was last compressed, which fixes the budget, or None.
+        steady: the last call brought no wider view, as over stores of captured steps: `mass` stays in its memory.
     """
 
     def __init__(self, mass: Tensor, length: int | None = None):
-        self.mass, self.length = mass, length
+        self.mass, self.length, self.steady = mass, length, False
+
+    @staticmethod
+    def add(rows: list[Sums], more: Tensor) -> None:
+        """One row each of more `[B, G, M]`; entries that are new begin with nothing."""
+        m = more.shape[2]
+        for s in rows:
+            s.steady = s.mass.shape[2] >= m
+            if not s.steady:
+                s.mass = pad(s.mass, (0, m - s.mass.shape[2]))
+        torch._foreach_add_([s.mass[:, :, :m] for s in rows], list(more.split(1)))
 
     def keep(self, selection: Selection) -> None:
         """The cache keeps only these entries: what the others received is forgotten."""
         index = selection.indices.long()
         used = torch.arange(index.shape[2], device=index.device) < selection.full_counts()[..., None]
-        self.mass = self.mass.gather(2, index).masked_fill(~used, 0.0)
+        mass = self.mass.gather(2, index).masked_fill(~used, 0.0)
+        if self.steady:
+            self.mass.zero_()[:, :, : index.shape[2]] = mass
+        else:
+            self.mass = mass

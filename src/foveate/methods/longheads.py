@@ -15,7 +15,7 @@ from ..kernels.dispatch import attend
 from ..kv import KV
 from ..layout import Layout
 from ..scores.chunk_keys import ChunkKeys
-from ..scores.keys import pieces
+from ..scores.keys import BUDGET, GPU_BUDGET, pieces
 from ..scores.pooled import block_pool
 from ..scores.raw_keys import raw_queries
 from ..scores.rotation import moved
@@ -129,7 +129,7 @@ class LongHeads(Method):
         offset, per = x.offset(block), self.chunk // block
         first, blocks, chunks = x.start // block, -(-(n + offset) // block), -(-(x.start + n) // self.chunk)
         tiles, counts, pos = [], [], _pos(x)
-        for lo, hi in pieces(blocks, h * (6 * chunks + 6 * block * d)):
+        for lo, hi in pieces(blocks, h * (6 * chunks + 6 * block * d), BUDGET if x.device.type == "cpu" else GPU_BUDGET):
             r0, r1 = max(0, lo * block - offset), min(n, hi * block - offset)
             mean = block_pool(raw_queries(x.q[:, :, r0:r1], rope, pos[:, r0:r1]), block, offset=offset if lo == 0 else 0)
             own = torch.arange(first + lo, first + hi, device=x.device) // per
@@ -205,7 +205,8 @@ class LongHeads(Method):
         k, v = (t.view(b, heads, -1, t.shape[-1]) for t in x.kv.gather(entries.view(b, x.groups, -1)))
         place = torch.arange(entries.shape[-1], device=x.device).expand(b * heads, -1)
         keys, at = k.flatten(0, 1)[:, None], entries.flatten(0, 1)  # every list has its own positions
-        some = (slice(*ends) for ends in pieces(len(keys), 4 * keys[0].numel()))
+        budget = BUDGET if x.device.type == "cpu" else GPU_BUDGET
+        some = (slice(*ends) for ends in pieces(len(keys), 4 * keys[0].numel(), budget))
         k = torch.cat([moved(keys[i], rope, at[i], place[i]) for i in some]).view(k.shape)
         length = (count - 1) * self.chunk + pos % self.chunk + 1  # [B, Hl]; the same for all heads of a row
         kv = KV.dense(k, v, len=length.to(torch.int32))

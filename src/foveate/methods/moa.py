@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .moa_search import Spans
     from .search import Target
 
-RULES, STEPS = "moa.rules", "moa.steps"
+RULES = "moa.rules"
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,13 @@ class MoA(Method):
         return self._reachable(x, state, None)  # there may be no query to count heads by
 
     def evict(self, x: AttnInput, state: State) -> Selection | None:
-        steps = state.layer.get(STEPS, 0) + 1
-        state.layer[STEPS] = steps  # an eviction drops it
-        return self._reachable(x, state, x.q.shape[1]) if steps >= self.slack else None
+        return self._reachable(x, state, x.q.shape[1]) if self.evicts(x.step) else None
+
+    def evicts(self, step: int) -> bool:
+        return (step + 1) % self.slack == 0
+
+    def phase(self, step: int) -> str | None:
+        return "step"
 
     def _reachable(self, x: AttnInput, state: State, heads: int | None) -> Selection:
         """The entries that a kv head's widest window, or its sink, holds after this call."""

@@ -72,4 +72,5 @@ class PyramidKV(Voting):
         (score, recent), exists = votes, x.kv.exists()
         keep = exists & (recent | (x.kv.positions() < self.sink))
         index, count = compact(top_k(score, budget, valid=exists, forced=keep))
-        return Selection(index[..., :budget].long(), count.long())
+        most = max(budget, self.window + self.sink)  # late layers may have less to give than what they must keep
+        return Selection(index[..., :most].long(), count.long())

@@ -12,7 +12,7 @@ from .. import profile as profiles
 from ..errors import ConfigError, UnsupportedError
 from ..kv import KV
 from ..layout import Layout, Part, Parts
-from ..scores.dual_chunk import REGIONS, Chunks, Lists, by_region, cut, join, only, probe, ranges
+from ..scores.dual_chunk import Choice, Chunks, Lists, by_regions, cut, only, probe, ranges
 from ..scores.probes import vote
 from ..scores.rotation import moved
 from .base import AttnInput, Method, Rope, State, option
@@ -96,10 +96,13 @@ class Qwen1M(Method):
             return Parts((Part(x.dense(), q=self._tempered(x)),)) if warm else None
         q = self._tempered(x) if warm else x.q
         last = (m - 1) // grid.length  # chunk of the newest row
-        far = grid.far(x.kv, (last - 1) * grid.length, _rope(x)) if last >= 2 else None
+        far = None  # the keys of all chunks that some row sees as far ones; the probe needs memory for those after them
+        if last >= 2:
+            whole = grid.far(x.kv, m if sparse else (last - 1) * grid.length, _rope(x))
+            far = cut(whole, 0, (last - 1) * grid.length)
         first, blocks = x.start // self.block, -(-m // self.block) - x.start // self.block
         if sparse:
-            found = self._selected(x, q, far)
+            found = self._selected(x, q, whole if last >= 2 else None)
         else:
             found = ranges(first, blocks, self.block, grid.length, x.device)
         parts = [Part(self._layout(x, found["intra"]), q=q if warm else None)]
@@ -122,7 +125,7 @@ class Qwen1M(Method):
         """Lists of the three regions for all query blocks, chunk by chunk of queries."""
         length, n = self.grid.length, x.q.shape[2]
         flat, columns, diagonals = x.kv.to_dense(), *self._sizes(x)
-        parts: dict[str, list[Lists]] = {name: [] for name in REGIONS}
+        chosen: list[Choice] = []
         for number in range(x.start // length, (x.start + n - 1) // length + 1):
             a, z = max(0, number * length - x.start), min(n, (number + 1) * length - x.start)
             end, rows = x.start + z, slice(max(a, z - self.last_q), z)
@@ -137,12 +140,9 @@ class Qwen1M(Method):
                 softcap=x.softcap,
                 reduce="max" if self.share == "group" else "none",
             )
-            chosen = vote(seen, end, columns, diagonals, sink=self.sink, local=self.near)
-            first = (x.start + a) // self.block
-            some = by_region(chosen, first, -(-end // self.block) - first, self.block, length)
-            for name in REGIONS:
-                parts[name].append(some[name])
-        return {name: join(some, 2) for name, some in parts.items()}
+            chosen.append(vote(seen, end, columns, diagonals, sink=self.sink, local=self.near))
+        first = x.start // self.block
+        return by_regions(chosen, first, -(-(x.start + n) // self.block) - first, self.block, length)
 
     def _layout(self, x: AttnInput, found: Lists, far: KV | None = None) -> Layout:
         b, h, n, m = x.shape

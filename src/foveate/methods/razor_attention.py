@@ -94,10 +94,16 @@ class RazorAttention(Method):
         return self._fold(x, state, [state.layer], torch.tensor([seen], device=x.device))
 
     def evict(self, x: AttnInput, state: State) -> Selection | None:
-        if (x.step + 1) % self.slack or not any(self._local(x, state)[0]) or x.kv.capacity <= self.sink + self.window:
+        if not self.evicts(x.step) or not any(self._local(x, state)[0]) or x.kv.capacity <= self.sink + self.window:
             return None
         assert x.q_pos is not None
         return self._fold(x, state, state.rows, x.q_pos[:, 0] + 1)
+
+    def evicts(self, step: int) -> bool:
+        return (step + 1) % self.slack == 0
+
+    def phase(self, step: int) -> str | None:
+        return "step"
 
     def _fold(self, x: AttnInput, state: State, rows: list[Any], end: Tensor) -> Selection | None:
         """Move what left the windows of local heads into their means. end `[B]`: tokens seen."""
@@ -130,7 +136,11 @@ class RazorAttention(Method):
         began = size.amax(1, keepdim=True) > 0
         packed = torch.cat([k, v, size, torch.where(began, window[..., None], 0.0)], -1)
         for i, row in enumerate(rows):
-            row[FOLDED] = packed[i : i + 1].as_subclass(Folded)
+            new = packed[i : i + 1]
+            if FOLDED in row:
+                row[FOLDED].as_subclass(Tensor).copy_(new)  # in place: captured steps read it
+            else:
+                row[FOLDED] = new.clone().as_subclass(Folded)
 
     def _folded(self, x: AttnInput, rows: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of each kv head, fp32: mean key `[B, G, D]`, mean value `[B, G, Dv]`, members `[B, G]`, window `[B, G]` or 0."""

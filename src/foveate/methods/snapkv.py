@@ -34,7 +34,7 @@ class SnapKV(Voting):
     share: ClassVar[str] = "group"
     source: ClassVar[str] = "Li et al. 2024, arXiv 2404.14469"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "8k": {"capacity": 1024, "kernel": 7, "pooling": "max"},
+        "8k": {"window": 32, "capacity": 1024, "kernel": 7, "pooling": "max"},
         "longbench": {"window": 32, "capacity": 2048, "kernel": 7, "pooling": "max"},
     }
 

@@ -38,6 +38,7 @@ class ThinK(Method):
     roles: ClassVar[tuple[str, ...]] = ("cache",)
     selection: ClassVar[str] = "prompt"
     share: ClassVar[str] = "group"
+    together: ClassVar[bool] = True
     source: ClassVar[str] = "Xu et al. 2024, arXiv 2407.21018"
     presets: ClassVar[dict[str, dict[str, Any]]] = {"snapkv": {"capacity": 512}, "8k": {"capacity": 1024}}
 
@@ -74,13 +75,13 @@ class ThinK(Method):
         if pruned == 0:
             return kept
         if kept is None:
-            kept = Selection(torch.arange(x.kv.capacity, device=x.device).expand(1, x.groups, -1))
+            kept = Selection(torch.arange(x.kv.capacity, device=x.device).expand(len(x.q), x.groups, -1))
         if x.q.shape[2] == 0:
             x.note("think: no prompt queries were saved with this cache; channels are chosen by their keys alone")
         channels = self._channels(x, kept, d - pruned)
         return Selection(kept.indices, kept.counts, kept.bias, channels=channels)
 
     def _channels(self, x: AttnInput, kept: Selection, few: int) -> Tensor:
-        """int64 `[1, G, few]`: the channels that stay, ascending; equal ones stay by number."""
+        """int64 `[B, G, few]`: the channels that stay, ascending; equal ones stay by number."""
         score = importance(x.q, x.kv, kept.indices, kept.full_counts())
         return score.sort(dim=-1, descending=True, stable=True).indices[..., :few].sort(-1).values

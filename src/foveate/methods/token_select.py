@@ -184,22 +184,42 @@ class TokenSelect(Method):
         assert plan.entry_count is not None
         if x.phase == "decode":
             return (*self._ranked(x, x.q, _pos(x), plan.entries[:, 0, 0], plan.entry_count[:, 0, 0], how), None)
+        return (*self._chunks(x, plan, how), None)
+
+    def _chunks(self, x: AttnInput, plan: Layout, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """A prompt: chunks of all their rows with lists of full length as one batch, as many as memory allows, and those at
+        the beginning and the end alone."""
+        assert plan.entries is not None
+        (_, h, n, d), blocks, pos = x.q.shape, plan.num_blocks, _pos(x)
+        rows = [_rows(block, self.chunk, plan.q_offset, n) for block in range(blocks)]
+        many = [min(self.total, x.start + r1) for _, r1 in rows]  # the host knows how long a list is
+        wide = plan.entries.shape[-1]
+        full = [b for b in range(blocks) if rows[b][1] - rows[b][0] == self.chunk and many[b] == wide]
+        lo, hi = (full[0], full[-1] + 1) if full else (blocks, blocks)  # without gaps: what is not full is first or last
+        cost = 6 * x.groups * wide * d + 4 * h * self.chunk * d
+        batches = pieces(hi - lo, cost, BUDGET if x.device.type == "cpu" else GPU_BUDGET)
+        runs = [(lo + a, lo + z) for a, z in batches]
+        runs = [(b, b + 1) for b in range(lo)] + runs + [(b, b + 1) for b in range(hi, blocks)]
         outs, lses = [], []
-        for block in range(plan.num_blocks):
-            r0, r1 = _rows(block, self.chunk, plan.q_offset, x.q.shape[2])
-            many = min(self.total, x.start + r1)  # the host knows how long a list is
-            tokens = plan.entries[:, 0, block, :many]
-            out, lse = self._ranked(x, x.q[:, :, r0:r1], _pos(x)[:, r0:r1], tokens, None, how)
-            outs.append(out)
-            lses.append(lse)
-        return torch.cat(outs, 2), torch.cat(lses, 2), None
+        for a, z in runs:
+            r0, r1 = rows[a][0], rows[z - 1][1]
+            tokens = plan.entries[0, 0, a:z, : many[a]]
+            q = x.q[0, :, r0:r1].unflatten(1, (z - a, -1)).transpose(0, 1)  # [blocks, H, rows, D]
+            out, lse = self._ranked(x, q, pos[0, r0:r1].unflatten(0, (z - a, -1)), tokens, None, how)
+            outs.append(out.transpose(0, 1).flatten(1, 2))
+            lses.append(lse.transpose(0, 1).flatten(1, 2))
+        return torch.cat(outs, 1)[None], torch.cat(lses, 1)[None]
 
     def _ranked(
         self, x: AttnInput, q: Tensor, pos: Tensor, tokens: Tensor, count: Tensor | None, how: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Queries `[B, H, n, D]` that stand at `pos` `[B, n]`, on tokens `[B, L]`, the rows' own the last of them."""
-        rope, (b, wide), n = _rope(x), tokens.shape, q.shape[2]
-        k, v = x.kv.gather(tokens[:, None].expand(b, x.groups, wide))
+        """Queries `[B, H, n, D]` that stand at `pos` `[B, n]`, on tokens `[B, L]`, the rows' own the last of them.
+
+        Rows of the batch are those of the call, or chunks of its only one.
+        """
+        rope, (b, wide), n, lead = _rope(x), tokens.shape, q.shape[2], len(x.q)
+        every = tokens.view(lead, 1, -1).expand(lead, x.groups, -1)
+        k, v = (t.unflatten(2, (-1, wide)).transpose(1, 2).flatten(0, 1) for t in x.kv.gather(every))
         place = torch.arange(wide, device=x.device).expand(b, wide)
         k = moved(k, rope, tokens.long(), place)
         if count is None:

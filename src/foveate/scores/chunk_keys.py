@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ..errors import UnsupportedError
 from ..lists import repeat_heads
-from .keys import pieces
+from .keys import BUDGET, GPU_BUDGET, pieces
 from .rotation import moved
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class ChunkKeys:
         self._begin(x, -(-end // size))
         assert self.data is not None and self.recent is not None and self.at is not None
         low = (0 if fresh else min(self.done, x.start)) // size  # of tokens that were never seen only keys are known
-        for lo, hi in pieces(-(-end // size) - low, 4 * x.q.shape[1] * size * (size + 3 * x.q.shape[3])):
+        cost = 4 * x.q.shape[1] * size * (size + 3 * x.q.shape[3])
+        for lo, hi in pieces(-(-end // size) - low, cost, BUDGET if x.device.type == "cpu" else GPU_BUDGET):
             a, z = (low + lo) * size, min((low + hi) * size, end)
             query, known = self._queries(x, a, (hi - lo) * size)
             self.data[:, :, low + lo : low + hi] = self._keys(x, query, known, a, z, hi - lo)
@@ -198,7 +199,8 @@ class ChunkKeys:
         m, h, size = x.kv.capacity, x.q.shape[1], self.size
         lengths = x.kv.lengths()[:, :1]
         b, chunks = len(lengths), -(-m // size)
-        for lo, hi in pieces(chunks, 6 * b * x.groups * size * x.q.shape[3]):
+        budget = BUDGET if x.device.type == "cpu" else GPU_BUDGET
+        for lo, hi in pieces(chunks, 6 * b * x.groups * size * x.q.shape[3], budget):
             place = torch.arange(lo * size, hi * size, device=x.device)
             entries = torch.minimum(place.expand(b, -1), lengths - 1)
             k = moved(x.kv.gather(entries[:, None].expand(b, x.groups, -1))[0], x.rope, entries, entries % size)

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from .. import lists
 from ..kv import KV
+from . import fused
 from .keys import BUDGET, GPU_BUDGET, pieces
 from .probes import Probe, last_queries
 from .rotation import moved
@@ -107,7 +108,8 @@ def probe(q: Tensor, pos: Tensor, kv: KV, far: KV | None, grid: Chunks, rope: Ro
 
     Args:
         q: `[B, H, n, D]`, rotated at `pos` `[B, n]`, all of one chunk. kv: dense, ends with the last of them.
-        far: `Chunks.far` of at least the chunks before the last one; None where there is none.
+        far: `Chunks.far` of all these entries, in memory of its own: the keys of the last two chunks are replaced while
+            this runs. None where there is no chunk before them.
         how: scale, softcap, reduce and rows of `last_queries`.
     """
     rows = q.shape[2]
@@ -119,8 +121,12 @@ def probe(q: Tensor, pos: Tensor, kv: KV, far: KV | None, grid: Chunks, rope: Ro
     edge = (own - 1) * length
     shift = grid.size - own * length  # towards the far keys, which stand at j mod L, this moves queries to c_s + u
     at = torch.arange(edge, m, device=q.device).expand(q.shape[0], m - edge)
-    k = torch.cat([far.k[:, :, :edge], moved(kv.k[:, :, edge:], rope, at, at + shift)], 2)
-    return last_queries(moved(q, rope, pos, pos + shift), replace(kv, k=k, v=k), rows, **how)  # type: ignore[arg-type]
+    k = far.k.detach()[:, :, :m]
+    held = k[:, :, edge:].clone()
+    k[:, :, edge:] = moved(kv.k.detach()[:, :, edge:], rope, at, at + shift)
+    found = last_queries(moved(q.detach(), rope, pos, pos + shift), replace(kv, k=k, v=k), rows, **how)  # type: ignore[arg-type]
+    k[:, :, edge:] = held
+    return found
 
 
 # ---------------------------------------------------------------------- lists
@@ -144,30 +150,59 @@ def ranges(first: int, blocks: int, block: int, length: int, device: torch.devic
     return out
 
 
-def by_region(chosen: Choice, first: int, blocks: int, block: int, length: int) -> dict[str, Lists]:
-    """Lists of the query blocks first..first + blocks, all of one chunk, for its voted keys and distances.
+def by_regions(chosen: Sequence[Choice], first: int, blocks: int, block: int, length: int) -> dict[str, Lists]:
+    """Lists of the query blocks first..first + blocks, of one chunk after another, for each one's voted keys and distances.
 
     A distance d joins a block of queries with the key blocks d // block and, unless it is a multiple, one more before
-    it; those are the tiles. Keys inside a tile of their row are dropped. Waits for the device once per piece of memory.
+    it; those are the tiles. Keys inside a tile of their row, and those of later blocks, are dropped. On a GPU a kernel
+    makes all lists and the device is waited for once; elsewhere it is once per chunk and piece of memory.
     """
+    each = length // block
+    if (kernels := fused.regions(chosen[0][0].new_empty(1, dtype=torch.float32))) is not None:
+        keys, many, distances, count = (torch.stack(_widened(t)) for t in zip(*chosen, strict=True))
+        marks = touched(distances, count, block, first + blocks)
+        return dict(zip(REGIONS, kernels.split_regions(keys, many, marks, first, blocks, block, each), strict=True))
+    parts, lo = [], first
+    for some in chosen:
+        hi = min(first + blocks, (lo // each + 1) * each)
+        parts.append(by_region(some, lo, hi - lo, block, length))
+        lo = hi
+    return {name: join([part[name] for part in parts], 2) for name in REGIONS}
+
+
+def _widened(some: Sequence[Tensor]) -> list[Tensor]:
+    wide = max(t.shape[-1] for t in some)
+    return [pad(t, (0, wide - t.shape[-1])) for t in some]
+
+
+def touched(distances: Tensor, count: Tensor, block: int, blocks: int) -> Tensor:
+    """Which distances in blocks hold one of the distances `[..., S]`: bool `[..., blocks + 2]`, the last means nothing."""
+    used = lists.used_slots(distances, count)
+    out = torch.zeros(*distances.shape[:-1], blocks + 2, dtype=torch.bool, device=distances.device)
+    for extra in (0, block - 1):
+        where = torch.where(used, (distances + extra) // block, blocks + 1).clamp(max=blocks + 1)
+        out.scatter_(-1, where.long(), True)
+    return out
+
+
+def by_region(chosen: Choice, first: int, blocks: int, block: int, length: int) -> dict[str, Lists]:
+    """`by_regions` of query blocks of one chunk, without kernels. Waits for the device once per piece of memory."""
     keys, many, distances, count = chosen
     b, heads, device = keys.shape[0], keys.shape[1], keys.device
     nk = first + blocks
     edge = first * block // length * length  # where the own chunk begins
     bounds = {"intra": (edge, nk * block), "succ": (max(0, edge - length), edge), "inter": (0, max(0, edge - length))}
-    used = lists.used_slots(distances, count)
-    touched = torch.zeros(b, heads, nk + 2, dtype=torch.bool, device=device)
-    for extra in (0, block - 1):
-        where = torch.where(used, (distances + extra) // block, nk + 1).clamp(max=nk + 1)
-        touched.scatter_(-1, where.long(), True)
+    marks = touched(distances, count, block, nk)
     gap = torch.arange(first, nk, device=device)[:, None] - torch.arange(nk, device=device)
     live = lists.used_slots(keys, many)
     parts: dict[str, list[Lists]] = {name: [] for name in bounds}
     budget = BUDGET if device.type == "cpu" else GPU_BUDGET
     for lo, hi in pieces(heads, 8 * b * blocks * (nk + keys.shape[-1]), budget):
-        on = touched[:, lo:hi][..., gap.clamp(min=0)] & (gap >= 0)  # [B, heads, blocks, nk]
+        on = marks[:, lo:hi][..., gap.clamp(min=0)] & (gap >= 0)  # [B, heads, blocks, nk]
         key = keys[:, lo:hi, None].expand(-1, -1, blocks, -1)
-        alone = live[:, lo:hi, None] & ~on.gather(-1, (key // block).long())
+        place = (key // block).long()
+        past = place <= torch.arange(first, nk, device=device)[:, None]
+        alone = live[:, lo:hi, None] & past & ~on.gather(-1, place)
         some = [
             (*lists.compact(on[..., start // block : stop // block]), *lists.compact(alone & (key >= start) & (key < stop)))
             for start, stop in bounds.values()

@@ -50,6 +50,16 @@ def heads(t: Tensor) -> ModuleType | None:
     return None if estimates(t) is None else _usable("estimate_heads_launch", t)
 
 
+def regions(t: Tensor) -> ModuleType | None:
+    """The kernel of lists by region (`kernels/triton/estimate_regions_launch.py`), likewise."""
+    return None if estimates(t) is None else _usable("estimate_regions_launch", t)
+
+
+def turns(t: Tensor) -> ModuleType | None:
+    """The kernel that moves vectors to other positions (`kernels/triton/rotate_launch.py`), likewise."""
+    return None if estimates(t) is None else _usable("rotate_launch", t)
+
+
 def codes(t: Tensor) -> ModuleType | None:
     """The kernel that appends to a quantised store (`kernels/triton/quantised_append.py`), likewise."""
     return _usable("quantised_append", t)

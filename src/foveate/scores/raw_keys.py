@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kv import KV
 from .keys import pieces, read_keys
+from .rotation import unrotated
 
 if TYPE_CHECKING:
     from ..methods.base import AttnInput, Rope
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def raw_queries(q: Tensor, rope: Rope, pos: Tensor) -> Tensor:
     """Queries `[B, H, n, D]` that are rotated at `pos` `[B, n]`, their rotation undone: fp32 (fp64 for fp64)."""
-    return rope.unrotate(q if q.dtype == torch.float64 else q.float(), pos)
+    return unrotated(q, rope, pos, torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def raw_keys(kv: KV, rope: Rope) -> Tensor:
@@ -25,11 +26,12 @@ def raw_keys(kv: KV, rope: Rope) -> Tensor:
     Heads go in pieces of bounded memory. Entries beyond `kv.len` hold anything.
     """
     b, g, m, d, _ = kv.shape
-    acc = torch.float64 if kv.k.dtype == torch.float64 else torch.float32
+    at = torch.arange(m, device=kv.device)[None]
+    if kv.kind == "dense":
+        return unrotated(kv.k, rope, at, kv.k.dtype)
     out = torch.empty(b, g, m, d, dtype=kv.k.dtype, device=kv.device)
-    at = torch.arange(m, device=kv.device).expand(b, m)
     for lo, hi in pieces(g, 4 * b * m * d):
-        out[:, lo:hi] = rope.unrotate(read_keys(kv, lo, hi).to(acc), at).to(out.dtype)
+        out[:, lo:hi] = unrotated(read_keys(kv, lo, hi), rope, at, out.dtype)
     return out
 
 

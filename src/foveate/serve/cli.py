@@ -23,6 +23,9 @@ def register(app: typer.Typer) -> None:
         dtype: Dtype = "auto",
         backend: Backend = "auto",
         gate: Annotated[bool, typer.Option(help="Run dense below the lengths at which a method pays off.")] = False,
+        compiled: Annotated[
+            bool, typer.Option("--compile", help="On CUDA: compile the layers of decode steps (seconds to a minute, once).")
+        ] = False,
         debug: Debug = False,
     ) -> None:
         """Serve one model under one recipe: transformers' OpenAI-compatible server, one answer at a time."""
@@ -37,8 +40,9 @@ def register(app: typer.Typer) -> None:
         out = stderr()
         net, tokenizer = load_model(model, device, dtype, out)
         name = Path(model).name if Path(model).exists() else model
+        cuda = net.device.type == "cuda"
         how: dict[str, Any] = dict(
-            backend=None if backend == "auto" else backend, gate=gate, graphs=net.device.type == "cuda"
+            backend=None if backend == "auto" else backend, gate=gate, graphs=cuda, compiled=cuda and compiled
         )
         say = lambda text: out.print(f"serving {text}", highlight=False, soft_wrap=True)  # noqa: E731
         serve(net, tokenizer, chosen, bound, name=name, say=say, **how)

@@ -1,11 +1,11 @@
 """Prefill forward on Hopper GPUs, in Gluon (Triton's low-level dialect), at D 64 or 128.
 
-It serves tiles and single keys per query block, sink + window, and dense layouts.
+It serves tiles and single keys per query block, diagonals + columns, sink + window, and dense layouts.
 
 `kernel.py` is the kernel with its consumers, `feed.py` its producer, `columns.py` the gather of single keys, `masks.py`
-the masks; `prepare.py` turns a Layout into its lists, `launch.py` calls it, `shim.py` holds what depends on the version
-of Triton. None of these is imported before a call that this backend could serve, so that a machine
-without Triton or without a GPU gets a reason instead of an error.
+the masks; `prepare.py` turns a Layout into its lists (`factored.py` one of diagonals + columns), `launch.py` calls it,
+`shim.py` holds what depends on the version of Triton. None of these is imported before a call that this backend could
+serve, so that a machine without Triton or without a GPU gets a reason instead of an error.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _unserved_layout(layout: Layout) -> str | None:
     if layout.full or layout.has_rule:
         return _unserved_rule(layout) if n >= 128 else f"{n} query rows leave most of its 128-row tiles empty"
     if layout.columns is not None or layout.diagonals is not None:
-        return "it walks lists of each query block, not factored parts"
+        return _unserved_factored(layout)
     if layout.tiles is None and layout.entries is None:
         return "the layout names nothing"
     if layout.block_q not in (64, 128) or layout.q_offset:
@@ -76,6 +76,19 @@ def _unserved_layout(layout: Layout) -> str | None:
     if layout.tiles is not None and layout.tile_width not in (64, 128):
         return f"it has tiles of 64 and 128 keys, not {layout.tile_width}"
     return None
+
+
+def _unserved_factored(layout: Layout) -> str | None:
+    n = layout.shape[2]
+    if layout.tiles is not None or layout.entries is not None:
+        return "it walks factored parts or lists of each query block, not both"
+    if not layout.causal:
+        return "its factored parts are causal"
+    if layout.block_q not in (64, 128) or layout.q_offset:
+        return f"it has query blocks of 128 rows (or 64) from row 0, not {layout.block_q} from {-layout.q_offset}"
+    if layout.diagonals is not None and layout.tile_width != 64:
+        return f"its diagonals are tiles of 64 keys, not {layout.tile_width}"
+    return None if n >= 128 else f"{n} query rows leave most of its 128-row tiles empty"
 
 
 def _unserved_rule(layout: Layout) -> str | None:
@@ -89,8 +102,9 @@ def _unserved_rule(layout: Layout) -> str | None:
 
 
 def _unpaired(layout: Layout, g: int) -> str | None:
-    """Lists of 64-row blocks: a tile takes two neighbouring heads, which must share K, V and the lists."""
-    if layout.full or not layout.has_lists or layout.block_q == 128:
+    """Lists of 64-row blocks: a tile takes two neighbouring heads, which must share K, V and the lists. In factored
+    layouts it takes two neighbouring blocks of one head."""
+    if (layout.tiles is None and layout.entries is None) or layout.block_q == 128:
         return None
     h = layout.shape[1]
     lead = math.lcm(*(t.shape[1] for t in (layout.tiles, layout.entries) if t is not None))

@@ -31,9 +31,10 @@ def why_not(q: Tensor, kv: KV, layout: Layout) -> str | None:
             return f"it has tiles of 64, 128, 256 ... keys, not {layout.tile_width}"
         least = 128 if layout.tile_width == 64 else 64
         if layout.block_q % least:
-            return f"it has query blocks of {least}, 256, 512 ... rows for such tiles, not {layout.block_q}"
-    if max(layout.shape[2:]) > LONGEST or q.shape[0] * q.shape[1] * layout.num_blocks * layout.block_q >= 1 << 31:
-        return f"more than {LONGEST} rows or keys, or 2^31 rows of all heads"
+            return f"it has query blocks of {least}, {2 * least}, {4 * least} ... rows for such tiles, not {layout.block_q}"
+    rows = q.shape[0] * q.shape[1] * layout.num_blocks * layout.block_q  # of which there are two numbers each in `stats`
+    if max(layout.shape[2:]) > LONGEST or 2 * rows >= 1 << 31:
+        return f"more than {LONGEST} rows or keys, or 2^30 rows of all heads"
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
         return "it needs a Hopper GPU"
     return _missing()

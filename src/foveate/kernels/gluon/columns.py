@@ -43,6 +43,28 @@ def leave_tiles(places, slot, first, second, prev, PAIR: gl.constexpr):
 
 
 @gluon.jit
+def factored_places(cover, edge, lag, row, at, used, col, wanted, first, second, prev):
+    """(int32 `[128]`, the same) for the first and the last 64 rows of a tile: the positions of a step of diagonals, or
+    (col) of single keys, NOWHERE where those rows do not see one: a key of a tile that they reach at no distance, or
+    that a nearer tile owns; a single key that they reach. Nothing is read unless `wanted`.
+
+    cover: 1 at the distances that a diagonal reaches. edge: where the tile's rows end; the first 64 end `lag` earlier.
+    """
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    lane = gl.arange(0, 128, layout=LANES)
+    single = (lane >= 0) & col
+    left = lane < 64
+    key = gl.where(left, first + lane, second + lane - 64)
+    own = (key < gl.where(left, lane * 0 + prev, lane * 0 + first)) & (key >= 0)
+    spot = at + lane
+    key = gl.where(single, gl.load(row + gl.maximum(gl.minimum(spot, used - 1), 0), mask=single, other=0), key)
+    own = gl.where(single, spot < used, own) & wanted
+    late = gl.load(cover + gl.maximum(edge - key, 0), mask=own, other=0) > 0
+    early = gl.load(cover + gl.maximum(edge - lag - key, 0), mask=own, other=0) > 0
+    return gl.where(own & (early != single), key, NOWHERE), gl.where(own & (late != single), key, NOWHERE)
+
+
+@gluon.jit
 def gather(base, b, g, sb, sg, sm, keys, bufs, slot, D: gl.constexpr, STAGES: gl.constexpr, FLAT: gl.constexpr):
     """Start copying rows `keys` of a `[B, G, M, D]` tensor, strides (sb, sg, sm) / 8, into ring slot `slot`."""
     parts: gl.constexpr = D // 64

@@ -1,6 +1,6 @@
 """The producer: takes tiles from an atomic counter two ahead and turns lists, rules and dense blocks into loads."""
 
-from .columns import column_keys, gather, leave_places, leave_tiles
+from .columns import column_keys, factored_places, gather, leave_places, leave_tiles
 from .masks import LINE
 from .shim import (
     as_blocks,
@@ -92,7 +92,7 @@ def _load_keys(desc, buf, slot, bar, b, g, first, second, PAIR: gl.constexpr, D:
 
 @gluon.jit
 def _open(t, lists, strides, share, T, H, G, NQ, N, M, CAUSAL: gl.constexpr, DENSE: gl.constexpr, PAIR: gl.constexpr,
-          COLS: gl.constexpr, RULE: gl.constexpr, BLOCK: gl.constexpr):  # fmt: skip
+          COLS: gl.constexpr, RULE: gl.constexpr, DIAG: gl.constexpr, BLOCK: gl.constexpr):  # fmt: skip
     """What the producer must know of tile t.
 
     Its place (b, h, g, block), its list and that of its columns (pointers), the position of its first step in the list,
@@ -130,6 +130,8 @@ def _open(t, lists, strides, share, T, H, G, NQ, N, M, CAUSAL: gl.constexpr, DEN
             n = gl.maximum((count + 1) >> 1, 1)
         else:
             n = gl.maximum(count, 1)
+        if DIAG:  # distances are ascending: their keys come in the kernel's order from the list's front
+            row += masked + gl.maximum(pos, 0)
         if COLS:
             x = n
             y = gl.load(at + 2)
@@ -142,11 +144,17 @@ def _open(t, lists, strides, share, T, H, G, NQ, N, M, CAUSAL: gl.constexpr, DEN
 
 
 @gluon.jit
-def _entries(row, pos, IMPLICIT: gl.constexpr, PAIR: gl.constexpr):
-    """First keys of the list entries at pos and pos - 1 (the second only where a step takes two)."""
+def _entries(row, pos, edge, IMPLICIT: gl.constexpr, PAIR: gl.constexpr, DIAG: gl.constexpr):
+    """First keys of the list entries at pos and pos - 1 (the second only where a step takes two).
+
+    DIAG: twice the keys, plus 1 where the tile needs a mask; the rows end at `edge`.
+    """
     if IMPLICIT:
         first = gl.maximum(pos, 0) * 128
         second = first + 0
+    elif DIAG:
+        first = 2 * (edge - 64) - gl.load(row - gl.maximum(pos, 0))
+        second = 2 * (edge - 64) - gl.load(row - gl.maximum(pos - 1, 0))
     else:
         first = gl.load(row + gl.maximum(pos, 0))
         if PAIR:
@@ -169,17 +177,20 @@ def _leave_words(words, slot, one, first, second, prev, PAIR: gl.constexpr):
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, bufs, bars, counter, lists, strides, rows, share, T, H, G, NQ, N, M,
+def produce(q_desc, k_desc, v_desc, bufs, bars, counter, lists, strides, rows, reach, share, T, H, G, NQ, N, M,
             FLAT: gl.constexpr, CAUSAL: gl.constexpr, DENSE: gl.constexpr, PAIR: gl.constexpr, COLS: gl.constexpr,
-            RULE: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+            RULE: gl.constexpr, DIAG: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr,
+            STAGES: gl.constexpr):  # fmt: skip
     """Feeds the ring. One warp; four where there are columns (COLS).
 
     lists: pointers (tiles, plan, columns). strides: of the tiles (batch, list, block), of the plan (batch), of the columns
-    (batch, list, block). rows: pointers and strides / 8 of K and V (batch, kv head, key). share: heads a list serves.
+    (batch, list, block). rows: pointers and strides / 8 of K and V (batch, kv head, key). reach: of factored layouts
+    (DIAG), pointer and length of the table of distances, lag of the first 64 rows. share: heads a list serves.
     """
     q_bufs, k_bufs, v_bufs, o_bufs, tile_words, step_words, places = bufs
     q_full, q_empty, full, empty = bars
     k_ptr, v_ptr, k_sb, k_sg, k_sm, v_sb, v_sg, v_sm = rows
+    cover_ptr, cover_n, lag = reach
     IMPLICIT: gl.constexpr = DENSE or RULE
     BYTES: gl.constexpr = 128 * D * 2
     WARPS: gl.constexpr = 4 if COLS else 1
@@ -195,9 +206,10 @@ def produce(q_desc, k_desc, v_desc, bufs, bars, counter, lists, strides, rows, s
     grid = gl.num_programs(0)
     t = gl.program_id(0)
     b, h, g, block, row, cols, pos, count, masked, tail, n, x, y, window, sink = _open(
-        t, lists, strides, share, T, H, G, NQ, N, M, CAUSAL, DENSE, PAIR, COLS, RULE, BLOCK
+        t, lists, strides, share, T, H, G, NQ, N, M, CAUSAL, DENSE, PAIR, COLS, RULE, DIAG, BLOCK
     )
-    first, second = _entries(row, pos, IMPLICIT, PAIR)
+    edge = M - N + block * BLOCK + BLOCK  # one past the position of the tile's last row
+    first, second = _entries(row, pos, edge, IMPLICIT, PAIR, DIAG)
     t1 = gl.atomic_add(counter, 1) + grid
     it = 0
     qt = 0
@@ -237,15 +249,18 @@ def produce(q_desc, k_desc, v_desc, bufs, bars, counter, lists, strides, rows, s
             # of the tile after it while the ring is full: every latency hides behind a step. With columns tiles are
             # long and registers few: there all of it waits until the ring is full.
             b1, h1, g1, block1, row1, cols1, pos1, count1, masked1, tail1, n1, x1, y1, window1, sink1 = _open(
-                t1, lists, strides, share, T, H, G, NQ, N, M, CAUSAL, DENSE, PAIR, COLS, RULE, BLOCK
+                t1, lists, strides, share, T, H, G, NQ, N, M, CAUSAL, DENSE, PAIR, COLS, RULE, DIAG, BLOCK
             )
         # An empty list: one step that stops before it starts; where columns follow, beyond M, which TMA reads as zeros,
         # since a key that is no number would spoil the sums.
         some = count > 0
-        nowhere = M if COLS else 0
+        nowhere = (2 * M if DIAG else M) if COLS else 0
         first = gl.where(some, first, nowhere)
         second = gl.where(some, second, nowhere)
         prev = gl.where(some, M, 0)
+        cover = cover_ptr
+        if DIAG:
+            cover = cover_ptr + (b * strides[3] // NQ + h // share).to(gl.int64) * cover_n
         for j in range(n):
             if PAIR:
                 odd = gl.where(j == 0, count & 1, 0)  # an odd list: its last entry alone, the right half hidden
@@ -255,7 +270,7 @@ def produce(q_desc, k_desc, v_desc, bufs, bars, counter, lists, strides, rows, s
                 pos = gl.where(j + 1 == x, n - x, pos) - 1  # from the window's last block to the sink's
             else:
                 pos -= 1
-            first_next, second_next = _entries(row, pos, IMPLICIT, PAIR)
+            first_next, second_next = _entries(row, pos, edge, IMPLICIT, PAIR, DIAG)
             slot, phase = ring(it, STAGES)
             bar = full.index(slot)
             if COLS:
@@ -263,6 +278,12 @@ def produce(q_desc, k_desc, v_desc, bufs, bars, counter, lists, strides, rows, s
                 v_col = v_at >= 0
                 at = (j - x) * 128
                 keys = column_keys(cols, at, y, col)
+                if DIAG:
+                    partial = (first | second) & 1
+                    first = first >> 1
+                    second = second >> 1
+                    hide = col | (j == 0) | (partial > 0) | (first > edge - 191) | (second < 0)
+                    early, late = factored_places(cover, edge, lag, cols, at, y, col, hide, first, second, prev)
                 mbarrier.wait(empty.index(slot), phase ^ 1)
                 # One arrival announces the bytes of TMA, or that there are none; the other the positions and the gathers.
                 if col | v_col:
@@ -284,7 +305,11 @@ def produce(q_desc, k_desc, v_desc, bufs, bars, counter, lists, strides, rows, s
                     mbarrier.expect(bar, 2 * BYTES)
                     _load_keys(k_desc, k_tma, slot, bar, b, g, first, second, PAIR, D)
                     _load_keys(v_desc, v_tma, slot, bar, v_b, v_g, v_first, v_second, PAIR, D)
-                if j >= tail:
+                if DIAG:
+                    step_words.index(slot * LINE).store(one * gl.where(hide, 1, 0))
+                    places.index(slot * 2).store(early)
+                    places.index(slot * 2 + 1).store(late)
+                elif j >= tail:
                     leave_places(places, slot, cols, at, y)
                 elif j < masked:
                     leave_tiles(places, slot, first, second, prev, PAIR)
@@ -310,9 +335,10 @@ def produce(q_desc, k_desc, v_desc, bufs, bars, counter, lists, strides, rows, s
             second = second_next
         if COLS:
             b1, h1, g1, block1, row1, cols1, pos1, count1, masked1, tail1, n1, x1, y1, window1, sink1 = _open(
-                t1, lists, strides, share, T, H, G, NQ, N, M, CAUSAL, DENSE, PAIR, COLS, RULE, BLOCK
+                t1, lists, strides, share, T, H, G, NQ, N, M, CAUSAL, DENSE, PAIR, COLS, RULE, DIAG, BLOCK
             )
-        first, second = _entries(row1, pos1, IMPLICIT, PAIR)
+        edge = M - N + block1 * BLOCK + BLOCK
+        first, second = _entries(row1, pos1, edge, IMPLICIT, PAIR, DIAG)
         t2 = gl.atomic_add(counter, 1) + grid
         t = t1
         t1 = t2

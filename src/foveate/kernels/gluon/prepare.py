@@ -32,6 +32,8 @@ class Work:
         columns: int32 `[B|1, Hl, NQ, C]`, last axis contiguous, or None.
         pair: steps take two tiles of 64 keys. rule: the plan holds a rule.
         block: rows of a query block, 128 or 64; a tile of 64-row blocks takes two heads.
+        cover, lag: of factored layouts (`factored.py`; lists are then shared by all query blocks), uint8 `[B|1, Hl, ..]`, 1
+            at the distances that a diagonal reaches; how much earlier than the tile its first 64 rows end.
     """
 
     counter: Tensor
@@ -42,6 +44,8 @@ class Work:
     pair: bool = False
     rule: bool = False
     block: int = BLOCK_Q
+    cover: Tensor | None = None
+    lag: int = 0
 
     def strides(self) -> tuple[int, ...]:
         """Of batch row, list and query block in `tiles`, of a batch row in rows of `plan`, and of batch row, list and
@@ -113,6 +117,10 @@ def prepare(layout: Layout, device: torch.device) -> Work:
     if layout.full or layout.has_rule:
         zero = torch.zeros((1, 1, 1, 1), dtype=torch.int32, device=device)
         return Work(zero, zero, zero, 1) if layout.full else rule(layout, zero)
+    if layout.diagonals is not None or layout.columns is not None:
+        from .factored import factored
+
+        return factored(layout, device)
     tiles, counts, columns, column_counts = lists(layout)
     b, hl, nq = counts.shape
     cols = columns is not None

@@ -38,7 +38,7 @@ def tile(index: int | None, width: int) -> Tile:
     if index is None:
         return Tile(64, 64, 4, 1)
     shared, _ = device(index)
-    for rows, keys, warps, stages in ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2)):
+    for rows, keys, warps, stages in ((128, 128, 4, 3), (128, 128, 4, 2), (128, 64, 4, 2)):
         if 2 * (rows + keys * stages) * width <= 0.95 * shared:
             return Tile(rows, keys, warps, stages)
     return Tile(64, 64, 4, 2)

@@ -27,7 +27,7 @@ def anchor_peaks(
     """Mean over a block's rows of their highest logit among near keys: fp32 `[B * H, nq]`. grid: (nq, B * H).
 
     q `[B, H, n, D]`, the positions from `start` on; program i serves block first + i. k `[B, G, m, D]`. Near are the first
-    init blocks and those from `local` blocks before the block's group on. scale is positive.
+    init blocks and those from `local` blocks before the block's group on. scale is not negative.
     """
     h = tl.program_id(1)
     b = (h // (kv_heads * GROUP)).to(tl.int64)

@@ -29,6 +29,8 @@ def anchors(
 ) -> Tensor:
     """`stripes.anchors` of q `[B, H, n, D]`, k `[B, G, m, D]`: fp32 `[B, H, nq]`."""
     (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
+    if scale < 0:  # the kernel scales the maximum of a row
+        q, scale = -q, -scale
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
     first, size = start // block, q.element_size()
     nq = (start + n - 1) // block - first + 1

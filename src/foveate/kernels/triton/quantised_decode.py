@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .walk import FLOOR, LN2, _fold, _logits, _product
 
-FEW = tl.constexpr(8)  # scales of a token's channels that are chosen among instead of read once a channel
+FEW = tl.constexpr(8)  # most scales of a token's channels: each channel chooses among them
 
 
 @triton.jit
@@ -47,7 +47,8 @@ def _coded(
         spot = tl.min(key) // GROUP * D + c
         y = x * tl.load(scale + spot, mask=c_ok, other=0.0).to(tl.float32)[None, :]
         y += tl.load(low + spot, mask=c_ok, other=0.0).to(tl.float32)[None, :]
-    elif not TOKENS and N <= FEW:
+    elif not TOKENS:
+        tl.static_assert(N <= FEW)
         s = tl.zeros_like(x)
         l = tl.zeros_like(x)
         for i in tl.static_range(N):
@@ -56,10 +57,7 @@ def _coded(
             l = tl.where(here, tl.load(low + key * N + i, mask=ok, other=0.0).to(tl.float32)[:, None], l)
         y = x * s + l
     else:
-        if TOKENS:
-            spots = (key // GROUP * D)[:, None] + c[None, :]
-        else:
-            spots = key[:, None] * N + (c // GROUP)[None, :]
+        spots = (key // GROUP * D)[:, None] + c[None, :]
         both = ok[:, None] & c_ok[None, :]
         y = x * tl.load(scale + spots, mask=both, other=0.0).to(tl.float32)
         y += tl.load(low + spots, mask=both, other=0.0).to(tl.float32)

@@ -15,6 +15,7 @@ from .paging_launch import _pad, usable
 
 SHARE, KEYS, WARPS, STAGES = 4, 32, 4, 3  # programs a multiprocessor, keys of a step; of a program
 HEADS = 64  # most query heads of a kv head
+FEW = quantised_decode.FEW.value  # most groups of a token's channels
 
 
 def serves(q: Tensor, packed: CodedPair) -> bool:
@@ -27,6 +28,7 @@ def serves(q: Tensor, packed: CodedPair) -> bool:
         and keys.by == "token"
         and values.by == "channel"
         and max(keys.bits, values.bits) <= 8
+        and values.tail.shape[3] <= values.group * FEW  # a scale for every channel came out wrong on Triton 3.6 (H100)
         and q.shape[1] // keys.tail.shape[1] <= HEADS
         and max(x.codes.shape[2] * x.tail.shape[3] for x in (keys, values)) < 1 << 31
     )
