@@ -97,7 +97,11 @@ class OffloadStore(DenseStore):
         self.near.clear()
 
     def fork(self) -> OffloadStore:
-        return self._of(super().fork())
+        k, v = (self._blank(t, t.shape[2]).copy_(t) for t in (self.k, self.v))  # pinned where growth is
+        pos, bias = (None if t is None else t.clone() for t in (self.pos, self.bias))
+        out = OffloadStore(k, v, list(self.count), pos, bias)
+        out.pins = self.pins
+        return out
 
     @staticmethod
     def restore(state: dict[str, Tensor]) -> OffloadStore:
