@@ -107,12 +107,12 @@ def figures(found: dict[str, dict[str, Any]]) -> str:
         out.append(
             f"A whole decode step of a model of Llama-3-8B's shape on one {steps['device']}, bf16, random weights and "
             "contexts, replayed as a CUDA graph; in brackets what is left after the step of `no attention` is taken off:\n\n"
-            + step_table(steps)
+            + "\n\n".join(step_table(found[s]) for s in ("h100_step", "h100_step_32k") if s in found)
         )
     if (backward := found.get("h100_backward")) is not None:
         out.append(
             f"Backward of block lists on one {backward['device']}, the same shapes, 32K tokens; TFLOP/s over kept pairs:\n\n"
-            + backward_table(backward)
+            + "\n\n".join(backward_table(found[s]) for s in ("h100_backward", "h100_backward_64") if s in found)
         )
     if (quality := evaluations(found).get("eval_smollm2")) is not None:
         names = "; ".join(f"{i} `{r['recipe']}`" for i, r in enumerate(quality["recipes"], 1))
