@@ -150,3 +150,25 @@ def differing(method, x):
     with plain():
         theirs = method.plan(x, State()).to_mask()
     return float((mine ^ theirs).sum()) / float((mine | theirs).sum())
+
+
+def planned_in_a_graph(method, x):
+    """(plan, the same plan out of a replayed CUDA graph); a plan that waits for the device is an error."""
+    want = method.plan(x, State())
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")  # torch reports every synchronisation
+    try:
+        method.plan(x, State())
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        method.plan(x, State())
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = method.plan(x, State())
+    graph.replay()
+    torch.cuda.synchronize()
+    return want, got

@@ -11,7 +11,7 @@ from foveate.kernels.triton import estimate_tree_launch as kernels
 from foveate.kv import KV
 from foveate.methods.base import AttnInput, State
 from foveate.methods.hip import HiP
-from tests.estimate_cases import draw, peaked, plain, rounded
+from tests.estimate_cases import draw, peaked, plain, planned_in_a_graph, rounded
 
 SMALL = dict(k=32, block_k=2, window=20, sink=4, dense_layers=0, block_q=32)
 
@@ -73,4 +73,4 @@ def tied(x: AttnInput) -> AttnInput:
     return replace(x, q=rounded(x.q, 4), kv=KV.dense(k, k))
 
 
-__all__ = ["SMALL", "check", "decode", "differing", "kernels", "peaked", "replace", "tied"]
+__all__ = ["SMALL", "check", "decode", "differing", "kernels", "peaked", "planned_in_a_graph", "replace", "tied"]

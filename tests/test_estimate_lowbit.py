@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ import torch
 from tests.processes import run_in_the_interpreter, runs_without_triton
 
 if os.environ.get("TRITON_INTERPRET") != "1":
+    from tests.compiling import hopper
 
     def test_in_the_interpreter():
         pytest.importorskip("triton")
@@ -30,29 +29,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     @pytest.mark.parametrize("dtype,d", [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 128)])
     def test_compiles_for_hopper(dtype, d, monkeypatch, tmp_path):
         """Registers, spills and shared memory of every launch at 128K tokens: two programs share a multiprocessor."""
-        triton = pytest.importorskip("triton")
-        from foveate.kernels.gluon.shim import compile_sm90
         from foveate.kernels.triton import estimate_lowbit, estimate_lowbit_lists
         from foveate.kernels.triton import estimate_lowbit_launch as launch
 
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        if not tool.exists():
-            pytest.skip("this Triton ships no cuobjdump")
-        launches = []
-
-        class Recorder:
-            def __init__(self, kernel):
-                self.kernel = kernel
-
-            def __getitem__(self, grid):
-                return lambda *args, **options: launches.append((self.kernel, args, options))
-
-        for module, names in (
-            (estimate_lowbit, ("quantise_keys", "local_sums", "low_bits")),
-            (estimate_lowbit_lists, ("bit_lists",)),
-        ):
-            for name in names:
-                monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
         monkeypatch.setattr(launch, "tile", launch.tile.__wrapped__)  # nothing of this is remembered
         monkeypatch.setattr(launch, "device", lambda index: (227 * 1024, 132))
         monkeypatch.setattr(launch, "_index", lambda t: 0)
@@ -67,23 +46,21 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             meta(4, 2048, 128, dtype=torch.int32),
         )
         sizes, how = (64, 32, 256, 128), dict(start=0, scale=0.1)
-        bar = launch.local_sums(q, k, meta(1, d), sizes, softcap=None, **how)
-        for share in ("fragment", "token"):
-            launch.block_bits(q, k, meta(1, d), meta(4, d), bar, words, sizes, 32, share=share, bits=4, **how)
-        launch.bit_lists(meta(1, 32, 2048, 128, dtype=torch.int32), meta(2048, 3, dtype=torch.int32), 8, 4096, 32)
-        assert len(launches) == 6
-        for kernel, args, options in launches:
-            built, name = compile_sm90(kernel, list(args), options), kernel.fn.__name__
-            (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
-            command = [tool, "-res-usage", tmp_path / "kernel.cubin"]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            assert int(re.search(r"STACK:(\d+)", usage)[1]) == 0, (name, usage)
-            assert (built.metadata.shared + 1024) * 2 <= 228 * 1024, name
-            assert int(re.search(r"REG:(\d+)", usage)[1]) * 32 * built.metadata.num_warps * 2 <= 65536, (name, usage)
+        scores = hopper(monkeypatch, tmp_path, estimate_lowbit, "quantise_keys", "local_sums", "low_bits")
+        with scores as built, hopper(monkeypatch, tmp_path, estimate_lowbit_lists, "bit_lists") as listed:
+            bar = launch.local_sums(q, k, meta(1, d), sizes, softcap=None, **how)
+            for share in ("fragment", "token"):
+                launch.block_bits(q, k, meta(1, d), meta(4, d), bar, words, sizes, 32, share=share, bits=4, **how)
+            launch.bit_lists(meta(1, 32, 2048, 128, dtype=torch.int32), meta(2048, 3, dtype=torch.int32), 8, 4096, 32)
+        assert len(built) == 5 and len(listed) == 1
+        for name, kernel, usage in (*built, *listed):
+            assert usage["STACK"] == 0, (name, usage)
+            assert (kernel.metadata.shared + 1024) * 2 <= 228 * 1024, name
+            assert usage["REG"] * 32 * kernel.metadata.num_warps * 2 <= 65536, (name, usage)
             if name == "low_bits":
-                assert re.search(r"wgmma.mma_async\S*\.s32\.s8\.s8", built.asm["ptx"])
+                assert re.search(r"wgmma.mma_async\S*\.s32\.s8\.s8", kernel.asm["ptx"])
             else:
-                assert ("wgmma.mma_async" in built.asm["ptx"]) == (name == "local_sums")
+                assert ("wgmma.mma_async" in kernel.asm["ptx"]) == (name == "local_sums")
 
 else:
     from foveate.methods.base import State

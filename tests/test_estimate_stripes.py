@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ import torch
 from tests.processes import run_in_the_interpreter, runs_without_triton
 
 if os.environ.get("TRITON_INTERPRET") != "1":
+    from tests.compiling import hopper
 
     def test_in_the_interpreter():
         pytest.importorskip("triton")
@@ -30,25 +28,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     @pytest.mark.parametrize("dtype,d", [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 128)])
     def test_compiles_for_hopper(dtype, d, monkeypatch, tmp_path):
         """Registers, spills and shared memory of every launch at 128K tokens."""
-        triton = pytest.importorskip("triton")
-        from foveate.kernels.gluon.shim import compile_sm90
         from foveate.kernels.triton import estimate_stripes
         from foveate.kernels.triton import estimate_stripes_launch as launch
 
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        if not tool.exists():
-            pytest.skip("this Triton ships no cuobjdump")
-        launches = []
-
-        class Recorder:
-            def __init__(self, kernel):
-                self.kernel = kernel
-
-            def __getitem__(self, grid):
-                return lambda *args, **options: launches.append((self.kernel, args, options))
-
-        for name in ("anchor_peaks", "stripe_bits"):
-            monkeypatch.setattr(estimate_stripes, name, Recorder(getattr(estimate_stripes, name)))
         monkeypatch.setattr(launch, "device", lambda index: (227 * 1024, 132))
         monkeypatch.setattr(launch, "_index", lambda t: 0)
 
@@ -57,19 +39,16 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
         q, k = meta(1, 32, 1 << 17, d, dtype=dtype), meta(1, 8, 1 << 17, d, dtype=dtype)
         grid = dict(block=128, step=16, init=1, local=1, softcap=None)
-        launch.anchors(q, k, start=0, scale=0.1, **grid)
-        launch.stripe_bits(meta(1, 32, 1024, d, dtype=dtype), meta(1, 32, 1024), k, 64, first=0, **grid)
-        assert len(launches) == 2
-        for kernel, args, options in launches:
-            built, name = compile_sm90(kernel, list(args), options), kernel.fn.__name__
-            (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
-            command = [tool, "-res-usage", tmp_path / "kernel.cubin"]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            assert int(re.search(r"STACK:(\d+)", usage)[1]) == 0, (name, usage)
+        with hopper(monkeypatch, tmp_path, estimate_stripes, "anchor_peaks", "stripe_bits") as built:
+            launch.anchors(q, k, start=0, scale=0.1, **grid)
+            launch.stripe_bits(meta(1, 32, 1024, d, dtype=dtype), meta(1, 32, 1024), k, 64, first=0, **grid)
+        assert len(built) == 2
+        for name, kernel, usage in built:
+            assert usage["STACK"] == 0, (name, usage)
             beside = 2 if dtype != torch.float32 else 1
-            assert (built.metadata.shared + 1024) * beside <= 228 * 1024, name
-            assert int(re.search(r"REG:(\d+)", usage)[1]) * 32 * built.metadata.num_warps * beside <= 65536, (name, usage)
-            assert "wgmma.mma_async" in built.asm["ptx"], name
+            assert (kernel.metadata.shared + 1024) * beside <= 228 * 1024, name
+            assert usage["REG"] * 32 * kernel.metadata.num_warps * beside <= 65536, (name, usage)
+            assert "wgmma.mma_async" in kernel.asm["ptx"], name
 
 else:
     from foveate.methods.base import State

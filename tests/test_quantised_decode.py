@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ import torch
 from tests.processes import run_in_the_interpreter
 
 if os.environ.get("TRITON_INTERPRET") != "1":
+    from tests.compiling import hopper
 
     def test_in_the_interpreter():
         pytest.importorskip("triton")
@@ -21,48 +20,27 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     @pytest.mark.parametrize("rule", [(4, 4, 32, 128), (4, 4, 64, 128), (8, 8, 64, 128), (2, 2, 32, 128)])
     def test_compiles_for_hopper(rule, monkeypatch, tmp_path):
         """Llama-3-8B's heads: registers, shared memory, whole words read, and no spill."""
-        triton = pytest.importorskip("triton")
         from foveate.cache.fixed import fix
-        from foveate.kernels.gluon.shim import compile_sm90
         from foveate.kernels.triton import quantised_append, quantised_decode, quantised_launch
         from tests.quantised_cases import store_of
 
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        if not tool.exists():
-            pytest.skip("this Triton ships no cuobjdump")
-        launches = []
-
-        class Recorder:
-            def __init__(self, kernel):
-                self.kernel = kernel
-
-            def __getitem__(self, grid):
-                return lambda *args, **options: launches.append((self.kernel, args, options))
-
-        monkeypatch.setattr(quantised_decode, "attend_codes", Recorder(quantised_decode.attend_codes))
-        monkeypatch.setattr(quantised_launch.walk, "reduce_splits", Recorder(quantised_launch.walk.reduce_splits))
         store, new = store_of(rule, 128, 128, (600, 600), torch.bfloat16, "cpu")
         kv = store.append(*new(1), None, [600, 600]).view()
-        quantised_launch.attend(torch.zeros(2, 8, 1, 128, dtype=torch.bfloat16), kv, kv.packed, None, 0.1, True)
-        kernel, args, options = launches[0]
-        built = compile_sm90(kernel, list(args), options)
-        (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
-        command = [tool, "-res-usage", tmp_path / "kernel.cubin"]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers = int(re.search(r"REG:(\d+)", usage)[1])
-        print(rule, usage.strip().splitlines()[-1], built.metadata.shared)
-        assert int(re.search(r"STACK:(\d+)", usage)[1]) <= 16, usage  # a few scalars a thread at most
+        merged = hopper(monkeypatch, tmp_path, quantised_launch.walk, "reduce_splits")
+        with merged, hopper(monkeypatch, tmp_path, quantised_decode, "attend_codes") as built:
+            quantised_launch.attend(torch.zeros(2, 8, 1, 128, dtype=torch.bfloat16), kv, kv.packed, None, 0.1, True)
+        ((_, kernel, usage),) = built
+        assert usage["STACK"] <= 16, usage  # a few scalars a thread at most
         beside = 3  # programs beside each other on a multiprocessor at least
-        assert registers * 32 * built.metadata.num_warps * beside <= 65536, usage
-        assert (built.metadata.shared + 1024) * beside <= 228 * 1024
-        assert re.search(r"cp\.async\.c[ag]\.shared\.global", built.asm["ptx"])  # words, ahead of their use
+        assert usage["REG"] * 32 * kernel.metadata.num_warps * beside <= 65536, usage
+        assert (kernel.metadata.shared + 1024) * beside <= 228 * 1024
+        assert re.search(r"cp\.async\.c[ag]\.shared\.global", kernel.asm["ptx"])  # words, ahead of their use
         for t in (store.keys, store.values):
             assert t.packed.codes.is_contiguous() and t.tail.is_contiguous()  # nothing is copied for the kernel
         fixed = fix(store, [601, 601])
-        monkeypatch.setattr(quantised_append, "append_codes", Recorder(quantised_append.append_codes))
-        quantised_append.append(*new(1), *fixed.near, fixed.now)
-        kernel, args, options = launches[-1]
-        assert kernel.fn.__name__ == "append_codes" and "ptx" in compile_sm90(kernel, list(args), options).asm
+        with hopper(monkeypatch, tmp_path, quantised_append, "append_codes") as built:
+            quantised_append.append(*new(1), *fixed.near, fixed.now)
+        assert len(built) == 1
 
 else:
     from foveate.kernels import packed

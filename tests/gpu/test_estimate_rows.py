@@ -17,7 +17,7 @@ if torch.cuda.is_available():
     from foveate.registry import parse
     from foveate.scores.antidiagonal import block_mass
     from tests import estimate_rows_cases as cases
-    from tests.estimate_cases import differing, peaked, plain, rounded
+    from tests.estimate_cases import differing, peaked, plain, planned_in_a_graph, rounded
 
 # inputs of half precision are exact in fp32: what differs is the order of sums and exp2. fp32 runs on three tf32 products.
 TOLERANCE = {"bfloat16": 3e-4, "float16": 3e-4, "float32": 5e-4}
@@ -129,21 +129,5 @@ def test_planning_waits_for_nothing(name):
     """torch reports every synchronisation as an error here; a CUDA graph holds the plan."""
     method = parse(name)
     x = peaked(8, 2, 4000, 128, dtype=torch.bfloat16, **GPU)
-    want = method.plan(x, State())
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        method.plan(x, State())
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        method.plan(x, State())
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = method.plan(x, State())
-    graph.replay()
-    torch.cuda.synchronize()
+    want, got = planned_in_a_graph(method, x)
     assert torch.equal(got.to_mask(), want.to_mask())
