@@ -31,6 +31,9 @@ KINDS = {  # recipe, and how many tokens can be taken back in the middle of an a
     "evicted": ("dense+cache=snapkv:window=8,capacity=24", 0),
     "evicting": ("dense+cache=h2o:heavy=8,recent=8,slack=6", 0),  # also in the middle of an answer
     "ragged": ("dense+cache=adakv:window=4,capacity=16", 0),
+    "folding": ("razor_attention:induction=0,echo=0,window=8,fraction=0,slack=6", 0),
+    "streaming": ("duo_attention:sparsity=1,sink=2,window=8,slack=6", 0),
+    "expected": ("dense+cache=expected_attention:capacity=24", 0),
     "ring": ("dense+cache=streaming_llm:sink=4,window=20", 0),
     "quantised": ("dense+cache=kivi:bits=4,group=4,residual=8", 1),
     "quantised_keys": ("dense+cache=kivi:bits=4,value_bits=16,group=4,residual=8", 2),
@@ -41,6 +44,9 @@ KINDS = {  # recipe, and how many tokens can be taken back in the middle of an a
 STORES = dict(
     bounds="dense",
     evicting="dense",
+    folding="dense",
+    streaming="dense",
+    expected="dense",
     evicted="dense",
     quantised_keys="quantised",
     quantised_values="quantised",
@@ -284,7 +290,7 @@ def test_a_copy_does_not_move_with_its_original(model, kind, form):
     check(model, kind, torch.stack([b for _, b in pairs]), CROSSED, "cross")
 
 
-@pytest.mark.parametrize("kind,form", [case for case in CASES if case[0] != "evicting"])
+@every
 def test_a_saved_context_goes_on(model, kind, form, tmp_path):
     """Saved before its first step and in the middle of an answer; what is loaded is saved again under another form."""
     path = tmp_path / "context.safetensors"
@@ -301,16 +307,20 @@ def test_a_saved_context_goes_on(model, kind, form, tmp_path):
         check(model, kind, heard, STRAIGHT, name)
 
 
-def test_what_a_file_cannot_hold_is_named(model, tmp_path):
-    """H2O's sums are lost with a file: it says so twice, and keeps every entry instead of guessing."""
+def test_files_hold_the_sums_of_h2o(model, tmp_path):
+    """In the middle of an answer: the next eviction drops what it would have dropped without the file."""
     path = tmp_path / "context.safetensors"
     with under(model, "evicting") as handle:
         talk = Talk(model)
-        assert talk.cache.save(path) == ["h2o"]
+        talk.say(SAID["steps"][:, :1])
+        assert talk.cache.save(path) == []
         home = talk.on(ContextCache.load(path, model))
-        home.hear("steps")
-        assert len(handle.notes) == 1 and "it has no sums of attention; every entry is kept" in handle.notes[0]
-        assert not home.cache.evicted
+        for t in (talk, home):
+            t.hear("other")
+        assert not handle.notes and home.cache.evicted
+        for a, b in zip(talk.cache.layers, home.cache.layers, strict=True):
+            assert a.cache.store.lens == b.cache.store.lens
+            assert torch.equal(a.cache.store.view().positions(), b.cache.store.view().positions())
 
 
 @pytest.mark.parametrize("kind", FIXED)

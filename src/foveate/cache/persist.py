@@ -132,16 +132,18 @@ def _describe(layer: LayerCache, prefix: str, out: dict[str, Tensor], lost: dict
         state = layer.store.state()
         entry["store"] = sorted(state)
         out.update({f"{prefix}store.{name}": t for name, t in state.items()})
+    entry["steps"] = layer.steps
     entry["tails"] = [b for b, t in enumerate(layer.tails) if t is not None]
     out.update({f"{prefix}tail.{b}": t for b, t in enumerate(layer.tails) if t is not None})
     entry["states"] = []
     for place, values in (("batch", layer.batch), *((str(b), row) for b, row in enumerate(layer.rows))):
         for name, value in values.items():
-            if isinstance(value, Tensor):
-                entry["states"].append([place, name])
-                out[f"{prefix}state.{place}.{name}"] = value
-            else:
+            if not isinstance(value, Tensor) and not hasattr(value, "saved"):
                 lost[name] = None
+                continue
+            for part, t in ({name: value} if isinstance(value, Tensor) else value.saved()).items():
+                entry["states"].append([place, part])
+                out[f"{prefix}state.{place}.{part}"] = t
     return entry
 
 
@@ -151,7 +153,7 @@ def _rebuild(entry: dict[str, Any], prefix: str, file: Any, device: torch.device
 
     layer = LayerCache()
     layer.seen, layer.pending, layer.evicted = list(entry["seen"]), bool(entry["pending"]), bool(entry["evicted"])
-    rows, layer.fresh = len(layer.seen), max(layer.seen, default=0)
+    rows, layer.fresh, layer.steps = len(layer.seen), max(layer.seen, default=0), int(entry.get("steps", 0))
     layer.rows, layer.tails = [LayerState() for _ in range(rows)], [None] * rows
     if entry["kind"] is not None:
         if entry["kind"] not in STORES:

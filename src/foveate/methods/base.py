@@ -48,7 +48,8 @@ class LayerState(dict):  # type: ignore[type-arg]
 
     A value may handle an operation itself: `truncate(n)`, `keep(selection)`, `fork()`, `reorder(index)`. Without one,
     truncate and keep drop the value (the method computes it again from the cache), fork copies it, and reorder picks
-    the rows of a tensor, keeps plain values and drops the rest.
+    the rows of a tensor, keeps plain values and drops the rest. Files hold tensors, and of a value the tensors that its
+    `saved()` names: what is loaded has them, by those names, in its place.
     """
 
     def truncate(self, n: int) -> None:

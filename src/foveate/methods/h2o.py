@@ -13,9 +13,9 @@ from ..lists import compact, trim
 from ..scores.mass import column_mass
 from ..scores.window import group_reduce, window_mass
 from ..select import top_k
-from .base import AttnInput, Method, Selection, State, option
+from .base import AttnInput, LayerState, Method, Selection, State, option
 
-SUMS = "h2o"
+SUMS, MASS, LENGTH = "h2o", "h2o.mass", "h2o.length"
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,19 @@ class H2O(Method):
         got = group_reduce(score(x.q, x.kv, x.q_pos, scale=x.scale, softcap=x.softcap), x.groups, self.reduce)
         rows = [state.layer] if x.phase == "prefill" else state.rows
         for row in rows:
-            if SUMS not in row:
+            if _sums(row) is None:
                 row[SUMS] = Sums(got[:1, :, :0])
         Sums.add([row[SUMS] for row in rows], got)
 
     def compress(self, x: AttnInput, state: State) -> Selection | None:
-        if SUMS not in state.layer:
+        if (sums := _sums(state.layer)) is None:
             x.note("h2o: this cache was filled without it, so it has no sums of attention; every entry is kept")
             return None
-        sums: Sums = state.layer[SUMS]
         sums.length = x.start + x.q.shape[2]
         return self._keep(x, [sums], torch.tensor([[sums.length - 1]], device=x.device))
 
     def evict(self, x: AttnInput, state: State) -> Selection | None:
-        sums = [row.get(SUMS) for row in state.rows]
+        sums = [_sums(row) for row in state.rows]
         if not self.evicts(x.step) or any(s is None or s.length is None for s in sums):
             return None  # without a prompt there is nothing that the budget could be a ratio of
         assert x.q_pos is not None
@@ -112,6 +111,14 @@ class H2O(Method):
         return Selection(trim(index, count).long(), count.long())
 
 
+def _sums(row: LayerState) -> Sums | None:
+    """The sums of a batch row; out of a file they come as tensors."""
+    if MASS in row:
+        length = int(row.pop(LENGTH))
+        row[SUMS] = Sums(row.pop(MASS), None if length < 0 else length)
+    return row.get(SUMS)
+
+
 class Sums:
     """What a row's entries have received so far: mass fp32 `[1, G, M]` in the order of the cache.
 
@@ -122,6 +129,9 @@ class Sums:
 
     def __init__(self, mass: Tensor, length: int | None = None):
         self.mass, self.length, self.steady = mass, length, False
+
+    def saved(self) -> dict[str, Tensor]:
+        return {MASS: self.mass, LENGTH: torch.tensor(-1 if self.length is None else self.length)}
 
     @staticmethod
     def add(rows: list[Sums], more: Tensor) -> None:
