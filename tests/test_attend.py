@@ -536,3 +536,18 @@ def test_infinite_scores_reach_the_rows_of_their_tile_only():
     got = attend(q, (k, v), layout, backend="torch")
     keep = [*range(16), *range(32, 64)]
     assert torch.equal(got[:, :, keep], want[:, :, keep])
+
+
+def test_free_slots_of_shorter_rows_do_not_matter():
+    """A rule over a cache in no order of position, one row shorter: what memory held behind it may be NaN."""
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 16, generator=gen) for h, n in ((4, 1), (2, 12), (2, 12)))
+    pos = torch.stack([torch.arange(12) * 3, torch.arange(12) * 2]).int()[:, None].expand(2, 2, 12).contiguous()
+    lens = torch.tensor([[12, 12], [9, 9]], dtype=torch.int32)
+    for t in (k, v):
+        t[1, :, 9:] = float("nan")
+    plan = Layout.static((2, 4, 1, 12), sink=2, window=14, q_pos=torch.tensor([[34], [17]]))
+    got = attend(q, KV.dense(k, v, len=lens, pos=pos), plan, backend="torch")
+    clean = [t.nan_to_num(0.0) for t in (k, v)]
+    want = attend(q, KV.dense(*clean, len=lens, pos=pos), plan, backend="reference")
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

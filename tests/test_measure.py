@@ -8,10 +8,13 @@ import math
 import pytest
 import torch
 
+from foveate import measure
 from foveate.adapters.transformers import use
 from foveate.diagnosis import GRID, sample_rows
 from foveate.errors import ConfigError
 from foveate.measure import _busy, _kl, compare
+from foveate.payoff import PayOff
+from foveate.recipe import Recipe
 from tests.tiny import Words, llama, random_prompt
 
 FULL = "streaming_llm:window=400"
@@ -187,3 +190,11 @@ def test_a_busy_machine_is_said_to_be_busy():
     assert _busy(cpu, 10.0, 9.5 * threads) == [] and _busy(cpu, 0.2, 0.01) == []
     assert "got 30% of its" in _busy(cpu, 10.0, 3.0 * threads)[0]
     assert _busy(torch.device("cuda"), 10.0, 0.1) == []
+
+
+def test_notes_name_the_length_that_gates_use(monkeypatch):
+    """A break-even measured on this device counts, by phase, before the method's own rule."""
+    lengths = {"prefill": 900, "decode": 100}
+    monkeypatch.setattr(measure, "pay_off", lambda method, phase, device: PayOff(lengths[phase], "measured"))
+    said = measure._notes(Recipe.of("minference+quest"), [], 500, [], torch.device("cpu"))
+    assert said == ["minference: 500 tokens are below its pay-off length of 900; run anyway"]

@@ -27,6 +27,7 @@ from .diagnosis import Diagnosis, Picture
 from .errors import ConfigError, FoveateError
 from .layout import Layout, Parts
 from .methods.base import AttnInput, Method
+from .payoff import pay_off
 from .prompts import Prompt, check_fits
 from .recipe import Recipe
 
@@ -247,7 +248,7 @@ class _Bench:
         on_host = self.device.type == "cpu"  # elsewhere the clock around `plan` sees only launches
         row = dataclasses.replace(
             made,
-            notes=_notes(recipe, handle.notes, self.prompt.tokens, steps) + _busy(self.device, seconds[0], cpu),
+            notes=_notes(recipe, handle.notes, self.prompt.tokens, steps, self.device) + _busy(self.device, seconds[0], cpu),
             first_token=seconds[0],
             first_token_cpu=cpu,
             tokens_per_second=1.0 / statistics.median(steps),
@@ -374,11 +375,12 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return found
 
 
-def _notes(recipe: Recipe, said: list[str], tokens: int, steps: list[float]) -> list[str]:
+def _notes(recipe: Recipe, said: list[str], tokens: int, steps: list[float], device: torch.device) -> list[str]:
     notes = list(said)
     for method in recipe.methods:
-        if tokens < method.min_length:
-            notes.append(f"{method.id}: {tokens} tokens are below its pay-off length of {method.min_length}; run anyway")
+        gate = pay_off(method, "prefill" if method is recipe.prefill else "decode", device)  # as gates see it
+        if tokens < gate.length:
+            notes.append(f"{method.id}: {tokens} tokens are below its pay-off length of {gate.length}; run anyway")
     if recipe.evicts and len(steps) > 1:
         extra = steps[0] - statistics.median(steps[1:])
         notes.append(f"the first decode step compresses the cache, once: {1000 * max(0.0, extra):.0f} ms longer")

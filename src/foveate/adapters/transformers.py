@@ -205,7 +205,7 @@ def apply(
         model: a transformers causal language model. Models are accepted by what they are (see `capability`).
         recipe: a `Recipe`, a method, or text such as "minference" or "flexprefill@8k+quest+cache=snapkv".
         backend: a kernel backend by name; None picks the first that can serve each call.
-        gate: run dense below the methods' minimum lengths.
+        gate: run dense below the lengths from which the methods pay (`payoff.py`).
         meter: watches every call, see `runtime.Meter`.
         graphs: replay decode steps as CUDA graphs where the recipe allows it; `Handle.notes` says where not.
         compiled: with `graphs`, compile the layers of those steps by torch.compile (once for each batch size, which takes a
