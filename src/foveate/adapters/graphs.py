@@ -134,7 +134,7 @@ class Graphs:
             held.warm.add(phase)
             out = self._run(cache, ids, at)
             if (held.graphs or drops) and held.memory != memory(cache):
-                held.graphs.clear()  # what this step remembered is elsewhere now: they would read what it replaced
+                held.clear()  # what this step remembered is elsewhere now: they would read what it replaced
                 if drops:  # methods begin anew, at any phase
                     held.warm.clear()
             return out
@@ -217,8 +217,16 @@ class Captured:
         self.warm: set[str] = set()
         self.graphs: dict[str, tuple[Any, Tensor]] = {}
         self.memory: list[tuple[int, ...]] = []
-        self.pool = torch.cuda.graph_pool_handle() if ids.device.type == "cuda" else None
+        self.pool = self._pool()
         self.rows = [(s, s.seen_now) for s in self.stores]  # reordered rows have new tensors
+
+    def _pool(self) -> Any:
+        return torch.cuda.graph_pool_handle() if self.ids.device.type == "cuda" else None
+
+    def clear(self) -> None:
+        """Drop all graphs; those to come share another memory pool, since torch gives up a pool with its last graph."""
+        self.graphs.clear()
+        self.pool = self._pool()
 
     def fits(self, cache: ContextCache) -> bool:
         """The cache still has these stores, as they were, and room for a token."""
