@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..combine import join_lse, merge
+from ..combine import join_lse
 from ..errors import ConfigError, ShapeError, UnsupportedError, nearest
 from ..kv import KV
 from ..layout import Layout, Parts
 from ..packed import PackedKV
 from . import fa4, sdpa, torch_gather
 from .base import Want
+from .join import joined
 
 BACKENDS = {
     "reference": "foveate.kernels.reference",
@@ -203,7 +204,7 @@ def _attend_parts(q, kv, plan, scale, want_lse, want_mass, softcap, name):  # ty
     if gated:
         out = sum(o * p.gate[..., None].to(o.dtype) for (o, _), p in zip(results, plan.parts, strict=True))
         return out, join_lse([lse for _, lse in results])[1] if want_lse else None, None
-    out, lse = merge(results)
+    out, lse = joined(results)
     mass = None
     if want_mass:
         with torch.no_grad():
