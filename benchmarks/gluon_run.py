@@ -17,7 +17,7 @@ import faulthandler
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,123 +25,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from foveate.bench import results, workloads  # noqa: E402
+from gluon_cases import CASES, DEVICE, DTYPE, B, Case, G, H, Named, small  # noqa: E402
+
+from foveate.bench import results  # noqa: E402
 from foveate.kernels import dispatch, gluon  # noqa: E402
 from foveate.kernels.base import Want  # noqa: E402
 from foveate.kv import KV  # noqa: E402
 from foveate.layout import Layout  # noqa: E402
-
-B, H, G = 1, 32, 8
-DEVICE = "cuda"
-DTYPE = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Case:
-    """Random causal blocks of 128 x width, own list per head, the diagonal and the first block forced."""
-
-    n: int
-    width: int
-    keep: float  # chance of a block; 1.0 lists every block
-    d: int = 128
-
-    @property
-    def name(self) -> str:
-        return f"{self.n // 1024}K w{self.width} d{self.d} keep {self.keep:g}"
-
-    @property
-    def full(self) -> bool:
-        return self.keep == 1.0
-
-    def params(self) -> dict[str, object]:
-        return {"width": self.width}
-
-
-@dataclass(frozen=True)
-class Named:
-    """A layout of `bench.workloads`, a rule or a factored layout: tiles with columns, blocks of 64 rows, sink + window,
-    distances with columns."""
-
-    n: int
-    kind: str  # "columns", "blocks", "rule", "factored"
-    rows: int = 128
-    lists: int = H  # H: own lists per head; G: one per kv head
-    a: int = 96  # tiles; sink; distances
-    c: int = 900  # columns; window
-    density: float = 0.1
-    d: int = 128
-    full = False
-
-    @property
-    def name(self) -> str:
-        what = {
-            "columns": f"{self.a} tiles + {self.c} columns, {self.rows} rows",
-            "blocks": f"{self.rows} x 64 {self.density:g}",
-            "rule": f"sink {self.a} window {self.c}",
-            "factored": f"diagonals and columns, {self.a} + {self.c}, {self.rows} rows",
-        }[self.kind]
-        owner = "" if self.kind == "rule" else " per head" if self.lists == H else " per kv head"
-        return f"{self.n // 1024}K {what}{owner} d{self.d}"
-
-    def params(self) -> dict[str, object]:
-        if self.kind == "rule":
-            return {"sink": self.a, "window": self.c}
-        if self.kind == "factored":
-            return {"block_q": self.rows, "width": 64, "lists": self.lists, "distances": self.a, "columns": self.c}
-        more = {"tiles": self.a, "columns": self.c} if self.kind == "columns" else {"keep": self.density}
-        return {"block_q": self.rows, "width": 64, "lists": self.lists, **more}
-
-    def layout(self) -> Layout:
-        if self.kind == "rule":
-            return Layout.static((B, H, self.n, self.n), sink=self.a, window=self.c, device=DEVICE)
-        if self.kind == "factored":
-            return self._factored()
-        if self.kind == "columns":
-            made = workloads.tiles_and_columns(
-                self.lists, self.n, tiles=self.a, columns=self.c, block=self.rows, device=DEVICE
-            )
-        else:
-            made = workloads.random_blocks(
-                self.lists, self.n, density=self.density, block_q=self.rows, block_k=64, device=DEVICE
-            )
-        return replace(made, shape=(B, H, self.n, self.n))
-
-    def _factored(self) -> Layout:
-        """The nearest 100 distances and clusters of further ones, some dense, some thin; columns anywhere."""
-        gen = torch.Generator(DEVICE).manual_seed(0)
-        runs, rest = 48, self.a - 100
-        centre = torch.rand(1, self.lists, runs, 1, device=DEVICE, generator=gen) * self.n
-        size = torch.rand(1, self.lists, runs, 1, device=DEVICE, generator=gen) * 16 * rest / runs
-        step = torch.rand(1, self.lists, runs, 2 * rest // runs, device=DEVICE, generator=gen)
-        far = (centre + size * step).flatten(2).clamp(max=self.n - 1)
-        order = torch.rand(far.shape, device=DEVICE, generator=gen).argsort(-1)[..., :rest]
-        near = torch.arange(100, device=DEVICE).expand(1, self.lists, -1)
-        columns = torch.rand(1, self.lists, self.n, device=DEVICE, generator=gen).topk(self.c, -1).indices
-        diagonals = torch.cat((near, far.gather(-1, order).long()), -1)
-        shape = (B, H, self.n, self.n)
-        return Layout.factored(shape, diagonals=diagonals, columns=columns, block_q=self.rows, validate=False)
-
-
-CASES: list[Case | Named] = [
-    *(Case(32768, 128, p) for p in (1.0, 0.25, 0.1, 0.05, 0.02)),
-    *(Case(131072, 128, p) for p in (0.1, 0.03, 0.01)),
-    *(Case(32768, 64, p) for p in (0.25, 0.1, 0.05)),
-    *(Case(32768, 128, p, 64) for p in (1.0, 0.25, 0.1, 0.02)),
-    Case(8192, 128, 1.0),
-    Case(8192, 128, 0.25),
-    *(Named(n, "columns", rows, lists) for n in (32768, 131072) for rows, lists in ((128, H), (128, G), (64, G), (64, H))),
-    Named(32768, "columns", d=64),
-    *(Named(32768, "blocks", rows, lists) for rows, lists in ((128, G), (64, G), (64, H))),
-    *(Named(32768, "rule", a=a, c=c) for a, c in ((4, 1024), (128, 4096), (1024, 8192))),
-    Named(131072, "rule", a=128, c=4096),
-    *(
-        Named(n, "factored", rows, a=a, c=c)
-        for n in (32768, 131072)
-        for a, c in ((6096, 1000), (500, 2000))
-        for rows in (64, 128)
-    ),
-    Named(32768, "factored", 64, a=500, c=2000, d=64),
-]
 
 
 class Problem:
@@ -373,57 +263,27 @@ def what(layout: Layout) -> str:
     return " + ".join(parts) + (f" of {layout.tile_width}" if layout.tiles is not None else "") or "dense"
 
 
-def tiny() -> None:
-    """One tile, one head; then odd lengths, columns and rules. Wrong or hanging kernels stop here."""
-    gen = torch.Generator(DEVICE).manual_seed(0)
-    single = torch.rand(1, 2, 3, 333, device=DEVICE, generator=gen).topk(200, -1).indices.sort(-1).values
-    mask = torch.rand(1, 2, 3, 6, device=DEVICE, generator=gen) < 0.5
-    some = Layout.from_block_mask(mask, 333, 333, block_q=128, block_k=64)
-    for n, d, layout in (
-        (128, 128, Layout.dense(1, 1, 128, 128)),
-        (128, 64, Layout.dense(1, 1, 128, 128)),
-        (300, 128, Layout.dense(1, 1, 300, 300)),
-        (333, 128, None),
-        (333, 64, None),
-        (333, 128, Layout.lists((1, 2, 333, 333), block_q=128, entries=single)),
-        (
-            333,
-            64,
-            Layout.lists(
-                (1, 2, 333, 333), block_q=128, tile_width=64, tiles=some.tiles, tile_count=some.tile_count, entries=single
-            ),
-        ),
-        *(
-            (
-                333,
-                d,
-                Layout.factored(
-                    (1, 2, 333, 333), diagonals=single[:, :, 0, 190:], columns=single[:, :, 1, ::5], block_q=rows
-                ),
-            )
-            for d in (64, 128)
-            for rows in (128, 64)
-        ),
-        (333, 128, Layout.static((1, 2, 333, 333), sink=3, window=150, device=DEVICE)),
-    ):
-        for width in (128, 64) if layout is None else (0,):
-            if width:
-                mask = torch.rand(1, 2, -(-n // 128), -(-n // width), device=DEVICE) < 0.6
-                layout = Layout.from_block_mask(mask, n, n, block_q=128, block_k=width)
-            with limit(60, f"tiny: n {n}, d {d}, {what(layout)}"):
-                h = layout.shape[1]
-                q, k, v = (torch.randn(1, x, n, d, device=DEVICE, dtype=DTYPE) for x in (h, 1, 1))
-                out, lse, _ = gluon.forward(q, KV.dense(k, v), layout, scale=0.1, softcap=0.0, want=Want(lse=True))
-                torch.cuda.synchronize()
-                reference = dispatch.backend("reference")
-                wide = KV.dense(k.double(), v.double())
-                want, want_lse, _ = reference.forward(q.double(), wide, layout, scale=0.1, softcap=0.0, want=Want())
-                off = float((out.double() - want).norm() / want.norm().clamp(min=1e-9))
-                dead = want_lse.isneginf()
-                far = float((lse.double() - want_lse)[~dead].abs().max())
-                if not (off < 1e-2 and far < 1e-3 and torch.equal(lse.isneginf(), dead)):
-                    sys.exit(f"wrong: relative error {off}, lse off by {far}")
-                print(f"#   relative error {off:.1e}", flush=True)
+def tiny(cases: list[Case | Named]) -> None:
+    """Odd lengths of what these cases run, and nothing else: a variant takes seconds to compile. Wrong or hanging kernels
+    stop here."""
+    wanted = {(case.kind if isinstance(case, Named) else "lists", case.d) for case in cases}
+    for kind, d, layout in small():
+        if (kind, d) not in wanted:
+            continue
+        h, n = layout.shape[1:3]
+        with limit(60, f"tiny: {kind}, n {n}, d {d}, {what(layout)}"):
+            q, k, v = (torch.randn(1, x, n, d, device=DEVICE, dtype=DTYPE) for x in (h, 1, 1))
+            out, lse, _ = gluon.forward(q, KV.dense(k, v), layout, scale=0.1, softcap=0.0, want=Want(lse=True))
+            torch.cuda.synchronize()
+            reference = dispatch.backend("reference")
+            wide = KV.dense(k.double(), v.double())
+            want, want_lse, _ = reference.forward(q.double(), wide, layout, scale=0.1, softcap=0.0, want=Want())
+            off = float((out.double() - want).norm() / want.norm().clamp(min=1e-9))
+            dead = want_lse.isneginf()
+            far = float((lse.double() - want_lse)[~dead].abs().max())
+            if not (off < 1e-2 and far < 1e-3 and torch.equal(lse.isneginf(), dead)):
+                sys.exit(f"wrong: relative error {off}, lse off by {far}")
+            print(f"#   relative error {off:.1e}", flush=True)
 
 
 def measure(case: Case | Named, rounds: int, rep: int, profile: bool, check_only: bool) -> list[results.Row]:
@@ -496,13 +356,13 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         sys.exit("needs a Hopper GPU")
-    tiny()
+    cases = [case for case in CASES if args.only in case.name]
+    tiny(cases)
     rows: list[results.Row] = []
-    for case in CASES:
-        if args.only in case.name:
-            rows += measure(case, args.rounds, args.rep, args.profile, args.check)
-            results.write(args.out, results.result("gluon", rows, DEVICE))
-            torch.cuda.empty_cache()
+    for case in cases:
+        rows += measure(case, args.rounds, args.rep, args.profile, args.check)
+        results.write(args.out, results.result("gluon", rows, DEVICE))
+        torch.cuda.empty_cache()
     table(rows)
 
 

@@ -18,24 +18,25 @@ from tests import test_gluon_compile as base
 from tests.test_gluon_compile import check
 
 
-def listed(seed, b, h, hl, n, m, *, rows=128, width=64, causal=True, share=0.3, columns=200, holes=True):
+def listed(seed, b, h, hl, n, m, *, rows=128, width=64, causal=True, share=0.3, columns=200, holes=True, offset=0):
     """Random tiles and single keys per query block, keys drawn where tiles lie too; unused slots hold junk.
 
     Rows of lists: some empty, some without tiles, some without columns (`holes`).
     """
     gen = torch.Generator().manual_seed(seed)
-    nq = -(-n // rows)
+    nq = -(-(n + offset) // rows)
     mask = torch.rand(b, hl, nq, -(-m // width), generator=gen) < share
     picked = torch.rand(b, hl, nq, m, generator=gen) < columns / m
     if holes:
         mask[:, ::2, 0], picked[:, ::2, 0] = False, False
         mask[..., -1, :] &= torch.rand(b, hl, 1, generator=gen) < 0.5
         picked[:, -1, -1] = False
-    tiles = Layout.from_block_mask(mask, n, m, block_q=rows, block_k=width, heads=h, causal=causal)
-    keys = Layout.from_block_mask(picked, n, m, block_q=rows, block_k=1, heads=h, causal=causal)
+    grid = dict(block_q=rows, heads=h, causal=causal, q_offset=offset)
+    tiles = Layout.from_block_mask(mask, n, m, block_k=width, **grid)
+    keys = Layout.from_block_mask(picked, n, m, block_k=1, **grid)
     layout = Layout.lists(
         (b, h, n, m), block_q=rows, tile_width=width, tiles=tiles.tiles, tile_count=tiles.tile_count, entries=keys.tiles,
-        entry_count=keys.tile_count, causal=causal,
+        entry_count=keys.tile_count, causal=causal, q_offset=offset,
     )  # fmt: skip
     for index, count in ((layout.tiles, layout.tile_count), (layout.entries, layout.entry_count)):
         index.masked_fill_(torch.arange(index.shape[-1]) >= count[..., None], 1 << 28)

@@ -38,15 +38,24 @@ def _call(n=256, d=64, dtype=torch.bfloat16, dv=None, layout=None, g=2, **kv):
 
 
 def _tiles(n=256, width=128, block_q=128, **more):
-    mask = torch.ones(1, 4, -(-n // block_q), -(-n // width), dtype=torch.bool)
+    mask = torch.ones(1, 4, -(-(n + more.get("q_offset", 0)) // block_q), -(-n // width), dtype=torch.bool)
     return Layout.from_block_mask(mask, n, n, block_q=block_q, block_k=width, **more)
 
 
 COLUMN = torch.zeros(1, 4, 2, 1, dtype=torch.int32)
 
 
+def _later(n, offset=128):
+    """A chunk that begins at a later row of a query block of 256."""
+    return _tiles(n, block_q=256, q_offset=offset)
+
+
 def _with_rule():
     return Layout.lists((1, 4, 256, 256), block_q=128, entries=COLUMN, sink=4)
+
+
+def _narrow_and_keys():
+    return replace(_tiles(width=32), entries=COLUMN, entry_count=COLUMN[..., 0])
 
 
 def _factored(n=256, **more):
@@ -66,9 +75,19 @@ REFUSED = {
     "factored, not causal": (_call(layout=replace(_factored(), causal=False)), Want(), "factored parts are causal"),
     "factored, few rows": (_call(n=100, layout=_factored(100)), Want(), "100 query rows"),
     "factored, cpu": (_call(layout=_factored()), Want(), "Hopper"),
-    "block_q": (_call(layout=_tiles(block_q=32)), Want(), "128 rows"),
+    "block_q": (_call(layout=_tiles(block_q=32)), Want(), "rows, not 32"),
     "64 rows, own lists": (_call(layout=_tiles(block_q=64)), Want(), "heads of a group share"),
-    "width": (_call(layout=_tiles(width=32)), Want(), "tiles of 64 and 128 keys, not 32"),
+    "width": (_call(layout=_tiles(width=16)), Want(), "tiles of 32, 64 and 128 keys, not 16"),
+    "groups of 192 rows": (_call(layout=_tiles(block_q=192)), Want(), "64, 128, 256, 384 ... rows, not 192"),
+    "few rows of a chunk": (_call(n=20, layout=_later(20)), Want(), "20 query rows that begin inside"),
+    "cut tile": (_call(n=70, layout=_tiles(70, q_offset=7)), Want(), "q_offset must be a multiple of 128, not 7"),
+    "cut tile of a group": (_call(n=70, layout=_later(70, 200)), Want(), "q_offset must be a multiple of 128, not 200"),
+    "cut block, 128 wide": (_call(n=70, layout=_tiles(70, block_q=64, q_offset=7)), Want(), "32 or 64 keys, or q_offset 0"),
+    "32 wide and keys": (_call(layout=_narrow_and_keys()), Want(), "tiles of 32 keys or single keys, not both"),
+    "chunk, cpu": (_call(n=70, layout=_later(70)), Want(), "Hopper"),
+    "cut block of 64 rows, cpu": (_call(n=70, layout=_tiles(70, 64, 64, q_offset=7)), Want(), "Hopper"),
+    "64 rows, own narrow lists, cpu": (_call(layout=_tiles(width=32, block_q=64)), Want(), "Hopper"),
+    "groups, cpu": (_call(layout=_tiles(block_q=256, width=32)), Want(), "Hopper"),
     "len": (_call(len=torch.full((1, 2), 200)), Want(), "different length"),
     "bias": (_call(bias=torch.zeros(1, 2, 256)), Want(), "entry weights"),
     "pos": (_call(pos=torch.arange(256).expand(1, 2, 256)), Want(), "positions"),
@@ -96,7 +115,7 @@ def _tool(*names):
 
 
 @pytest.mark.parametrize("dtype,d,kind", [
-    (torch.bfloat16, 128, "pairs"), (torch.float16, 64, "dense"), (torch.bfloat16, 128, "pairs and columns"),
+    (torch.bfloat16, 128, "fours"), (torch.float16, 64, "dense"), (torch.bfloat16, 128, "pairs and columns"),
     (torch.bfloat16, 64, "rule"), (torch.bfloat16, 128, "factored"), (torch.bfloat16, 64, "factored"),
 ])  # fmt: skip
 def test_compiles_for_hopper_without_spills(dtype, d, kind, tmp_path):
@@ -115,10 +134,11 @@ def test_compiles_for_hopper_without_spills(dtype, d, kind, tmp_path):
     q, k = meta(1, 4, 4096, d, dtype=dtype), meta(1, 2, 4096, d, dtype=dtype)
     tiles = meta(1, 4, 32, 64)
     work = {
-        "pairs": Work(meta(1), tiles, meta(1, 4, 32, 2), 1, pair=True),
-        "pairs and columns": Work(meta(1), tiles, meta(1, 4, 32, 4), 1, meta(1, 4, 32, 900), pair=True),
+        "fours": Work(meta(1), tiles, meta(1, 4, 32, 2), 1, width=32),
+        "pairs": Work(meta(1), tiles, meta(1, 4, 32, 2), 1, width=64),
+        "pairs and columns": Work(meta(1), tiles, meta(1, 4, 32, 4), 1, meta(1, 4, 32, 900), 64),
         "factored": Work(
-            meta(1), tiles, meta(1, 4, 32, 4), 1, meta(1, 4, 32, 900), True, cover=meta(1, 4, 4225, dtype=torch.uint8)
+            meta(1), tiles, meta(1, 4, 32, 4), 1, meta(1, 4, 32, 900), 64, cover=meta(1, 4, 4225, dtype=torch.uint8)
         ),
         "rule": Work(meta(1), tiles, meta(1, 4, 1, 2), 1, rule=True),
         "dense": Work(meta(1), tiles, tiles, 1),
@@ -147,44 +167,54 @@ def test_compiles_for_hopper_without_spills(dtype, d, kind, tmp_path):
 
 
 # ---------------------------------------------------------------------- the lists
+def tiles_of_rows(layout):
+    """(rows of a tile in one head, tiles of a head, row of lists of each tile)."""
+    rows = 64 if layout.block_q == 64 else 128
+    assert layout.q_offset % rows == 0
+    tiles = -(-layout.shape[2] // rows)
+    return rows, tiles, [(layout.q_offset + i * rows) // layout.block_q for i in range(tiles)]
+
+
 def plan_of(layout):
-    """What `plan_kernel` computes of tiles, entry by entry."""
-    width, (b, hl, nq) = layout.tile_width, layout.tile_count.shape
-    plan = torch.zeros(b, hl, nq, 2, dtype=torch.int32)
+    """What `plan_kernel` computes of lists of tiles, entry by entry."""
+    width, (b, hl, _) = layout.tile_width, layout.tile_count.shape
+    _, tiles, lines = tiles_of_rows(layout)
+    plan = torch.zeros(b, hl, tiles, 2, dtype=torch.int32)
     for i in range(b):
         for h in range(hl):
-            for block in range(nq):
-                row = layout.tiles[i, h, block, : layout.tile_count[i, h, block]].tolist()
+            for block, line in enumerate(lines):
+                row = layout.tiles[i, h, line, : layout.tile_count[i, h, line]].tolist()
                 first, last = seen_by(layout, block)
                 used = [s for s in row if s <= last]
                 masked = 0  # entries from the end that hold a key some row must not see, or that a later one owns
                 for j, s in enumerate(used):
                     if s + width - 1 > first or (j + 1 < len(row) and s + width > row[j + 1]):
                         masked = max(masked, len(used) - j)
-                if width == 64:  # pairs from the end; in an odd list the last entry is alone
-                    odd = len(used) % 2
-                    masked = -(-(masked - odd) // 2) + odd if masked else odd
-                plan[i, h, block] = torch.tensor([len(used), max(masked, 1)])
+                fill = 128 // width  # steps from the end; the entries that do not fill one come first, and are masked
+                odd = len(used) % fill
+                steps = (odd > 0) + sum(masked > odd + fill * step for step in range(len(used)))
+                plan[i, h, block] = torch.tensor([len(used), max(steps, 1)])
     return plan
 
 
 def seen_by(layout, block):
-    """The last keys that the first and the last row of a query block see."""
+    """The last keys that the first and the last row of a tile see."""
     _, _, n, m = layout.shape
     if not layout.causal:
         return m - 1, m - 1
-    first = m - n + block * layout.block_q
-    return min(first, m - 1), m - n + min((block + 1) * layout.block_q, n) - 1
+    rows = tiles_of_rows(layout)[0]
+    return min(m - n + block * rows, m - 1), m - n + min((block + 1) * rows, n) - 1
 
 
 def column_plan(layout, columns, counts):
     """What `plan_kernel` computes of single keys: those that some row sees, whole steps that every row sees."""
-    b, hl, nq = counts.shape
-    plan = torch.zeros(b, hl, nq, 2, dtype=torch.int32)
+    b, hl, _ = counts.shape
+    _, tiles, lines = tiles_of_rows(layout)
+    plan = torch.zeros(b, hl, tiles, 2, dtype=torch.int32)
     for i in range(b):
         for h in range(hl):
-            for block in range(nq):
-                row = columns[i, h, block, : counts[i, h, block]].tolist()
+            for block, line in enumerate(lines):
+                row = columns[i, h, line, : counts[i, h, line]].tolist()
                 first, last = seen_by(layout, block)
                 plan[i, h, block, 0] = sum(x <= last for x in row)
                 plan[i, h, block, 1] = sum(x <= first for x in row) // 128
@@ -209,12 +239,12 @@ seed = 0
 for n, m in ((128, 128), (300, 300), (200, 700), (130, 64), (513, 20000)):
     for width in (64, 128):
         for causal in (True, False):
-            for b, hl in ((1, 4), (2, 2)):
-                seed += 1
-                layout = random_lists(seed, b, hl, 4, n, m, width, causal, 0.5)
-                work = prepare(layout, torch.device("cpu"))
-                assert torch.equal(work.plan, plan_of(layout)), (n, m, width, causal, work.plan, plan_of(layout))
-                assert int(work.counter) == 0 and work.share == 4 // hl
+            seed += 1
+            b, hl = ((1, 4), (2, 2))[seed // 2 % 2]
+            layout = random_lists(seed, b, hl, 4, n, m, width, causal, 0.5)
+            work = prepare(layout, torch.device("cpu"))
+            assert torch.equal(work.plan, plan_of(layout)), (n, m, width, causal, work.plan, plan_of(layout))
+            assert int(work.counter) == 0 and work.share == 4 // hl
 tiles = torch.tensor([[[[0, 96, 200, 264, 500]]]])  # unaligned, overlapping
 for width in (64, 128):
     layout = Layout.lists((1, 1, 100, 600), block_q=128, tile_width=width, tiles=tiles)
@@ -249,11 +279,15 @@ def work_of(layout):
     if layout.diagonals is not None or layout.columns is not None:
         return factored_work(layout)
     tiles, counts, columns, column_counts = prepare.lists(layout)
-    tile = replace(layout, tiles=tiles, tile_count=counts, tile_width=64 if layout.tile_width == 64 else 128)
-    pair, plan = layout.tiles is not None and layout.tile_width == 64, plan_of(tile)
+    width = 128 if layout.tiles is None else layout.tile_width
+    plan = plan_of(replace(layout, tiles=tiles, tile_count=counts, tile_width=width))
     if columns is not None:
         plan = torch.cat([plan, column_plan(layout, columns, column_counts)], -1)
-    return Work(NOTHING, tiles, plan, layout.shape[1] // counts.shape[1], columns, pair, block=layout.block_q)
+    rows = tiles_of_rows(layout)[0]
+    return Work(
+        NOTHING, tiles, plan, layout.shape[1] // counts.shape[1], columns, width, block=rows, group=layout.block_q // rows,
+        ahead=layout.q_offset // rows,
+    )  # fmt: skip
 
 
 def factored_work(layout):
@@ -285,7 +319,7 @@ def factored_work(layout):
                 live = sum(s + 64 > 0 for s in starts)
                 plan[i, head, block, :3] = torch.tensor([max(live - skip, 0), skip, sum(c < close for c in single)])
     lists = (factored.shared(t, nq) for t in (tiles, columns))
-    return Work(NOTHING, next(lists), plan, h // hl, next(lists), True, cover=cover, lag=lag)
+    return Work(NOTHING, next(lists), plan, h // hl, next(lists), 64, cover=cover, lag=lag)
 
 
 def emulate(q, k, v, layout, scale, ctas):

@@ -1,11 +1,13 @@
 """Prefill forward on Hopper GPUs, in Gluon (Triton's low-level dialect), at D 64 or 128.
 
-It serves tiles and single keys per query block, diagonals + columns, sink + window, and dense layouts.
+It serves tiles and single keys per query block (of 64 rows, or any multiple of 128), diagonals + columns, sink + window,
+and dense layouts.
 
-`kernel.py` is the kernel with its consumers, `feed.py` its producer, `columns.py` the gather of single keys, `masks.py`
-the masks; `prepare.py` turns a Layout into its lists (`factored.py` one of diagonals + columns), `launch.py` calls it,
-`shim.py` holds what depends on the version of Triton. None of these is imported before a call that this backend could
-serve, so that a machine without Triton or without a GPU gets a reason instead of an error.
+`kernel.py` is the kernel with its consumers, `feed.py` its producer (`tile.py` says what it feeds for a tile),
+`columns.py` the gather of single keys, `masks.py` the masks; `prepare.py` turns a Layout into its lists (`factored.py` one
+of diagonals + columns), `launch.py` calls it, `shim.py` holds what depends on the version of Triton. `private*.py` are the
+same for lists of 64-row blocks that a head has for itself, or that begin inside a block. None of these is imported before a
+call that this backend could serve, so that a machine without Triton or without a GPU gets a reason instead of an error.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def supports(q: Tensor, kv: KV, layout: Layout, want: Want) -> str | None:
         return "it returns no mass and has no softcap"
     if (why := _unserved_layout(layout)) is not None:
         return why
-    if (why := _unpaired(layout, kv.shape[1])) is not None:
+    if (why := _unpaired(layout, kv.shape[1])) is not None and not _private(layout):
         return why
     if kv.kind != "dense":
         return f"it reads dense storage, not {kv.kind}"
@@ -71,10 +73,16 @@ def _unserved_layout(layout: Layout) -> str | None:
         return _unserved_factored(layout)
     if layout.tiles is None and layout.entries is None:
         return "the layout names nothing"
-    if layout.block_q not in (64, 128) or layout.q_offset:
-        return f"it has query blocks of 128 rows (or 64) from row 0, not {layout.block_q} from {-layout.q_offset}"
-    if layout.tiles is not None and layout.tile_width not in (64, 128):
-        return f"it has tiles of 64 and 128 keys, not {layout.tile_width}"
+    if layout.block_q % 128 and layout.block_q != 64:
+        return f"it has query blocks of 64, 128, 256, 384 ... rows, not {layout.block_q}"
+    if layout.block_q % 128 == 0 and layout.q_offset % 128:
+        return f"its tiles of 128 rows cannot be cut: q_offset must be a multiple of 128, not {layout.q_offset}"
+    if layout.q_offset and n < 64:
+        return f"{n} query rows that begin inside a query block leave most of its 128-row tiles empty"
+    if layout.tiles is not None and layout.tile_width not in (32, 64, 128):
+        return f"it has tiles of 32, 64 and 128 keys, not {layout.tile_width}"
+    if layout.tiles is not None and layout.entries is not None and layout.tile_width == 32:
+        return "it has tiles of 32 keys or single keys, not both"
     return None
 
 
@@ -102,15 +110,23 @@ def _unserved_rule(layout: Layout) -> str | None:
 
 
 def _unpaired(layout: Layout, g: int) -> str | None:
-    """Lists of 64-row blocks: a tile takes two neighbouring heads, which must share K, V and the lists. In factored
-    layouts it takes two neighbouring blocks of one head."""
-    if (layout.tiles is None and layout.entries is None) or layout.block_q == 128:
+    """Lists of 64-row blocks: a tile takes two neighbouring heads, which must share K, V and the lists, from row 0. In
+    factored layouts it takes two neighbouring blocks of one head."""
+    if (layout.tiles is None and layout.entries is None) or layout.block_q != 64:
         return None
     h = layout.shape[1]
     lead = math.lcm(*(t.shape[1] for t in (layout.tiles, layout.entries) if t is not None))
-    if h // g % 2 or h // lead % 2:
-        return "query blocks of 64 rows want lists that an even number of the heads of a group share"
+    if h // g % 2 or h // lead % 2 or layout.q_offset:
+        return (
+            "query blocks of 64 rows want tiles of 32 or 64 keys, or q_offset 0 and lists that an even number of the heads "
+            "of a group share"
+        )
     return None
+
+
+def _private(layout: Layout) -> bool:
+    """Whether the kernel of `private.py` serves lists of 64-row blocks that `_unpaired` refuses."""
+    return layout.tiles is None or layout.tile_width in (32, 64)
 
 
 def tiling(layout: Layout) -> tuple[int, int] | None:
@@ -120,9 +136,13 @@ def tiling(layout: Layout) -> tuple[int, int] | None:
 def forward(
     q: Tensor, kv: KV, layout: Layout, *, scale: float, softcap: float, want: Want
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    from . import private
     from .launch import run
     from .prepare import prepare
 
     with torch.cuda.device(q.device):
+        if _unpaired(layout, kv.shape[1]) is not None:
+            out, lse = private.run(q, kv.k, kv.v, layout, private.prepare(layout, q.device), scale)
+            return out, lse if want.lse else None, None
         out, lse = run(q, kv.k, kv.v, layout, prepare(layout, q.device), scale)
     return out, lse if want.lse else None, None

@@ -30,15 +30,19 @@ def leave_places(places, slot, row, at, used):
 
 
 @gluon.jit
-def leave_tiles(places, slot, first, second, prev, PAIR: gl.constexpr):
-    """The positions of a step of tiles, which begin at `first` (PAIR: and 64 at `second`) and stop before `prev`."""
-    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+def leave_tiles(places, slot, first, second, third, fourth, prev, WIDTH: gl.constexpr, WARPS: gl.constexpr):
+    """The positions of a step of tiles, which begin at `first` (64 wide: and at `second`; 32 wide: at all four) and stop
+    where the tile before them in the step begins, the first one before `prev`. WARPS: of the partition."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane = gl.arange(0, 128, layout=LANES)
     key = first + lane
     stop = lane * 0 + prev
-    if PAIR:
-        key = gl.where(lane < 64, key, second + lane - 64)
-        stop = gl.where(lane < 64, stop, first)
+    if WIDTH < 128:
+        key = gl.where(lane < WIDTH, key, second + lane - WIDTH)
+        stop = gl.where(lane < WIDTH, stop, first)
+    if WIDTH == 32:
+        key = gl.where(lane < 64, key, gl.where(lane < 96, third + lane - 64, fourth + lane - 96))
+        stop = gl.where(lane < 64, stop, gl.where(lane < 96, second, third))
     places.index(slot).store(gl.where(key < stop, key, NOWHERE))
 
 

@@ -133,7 +133,7 @@ def factored(layout: Layout, device: torch.device) -> Work:
         tiles, tile_counts, columns, column_counts, plan, counter, *columns.stride()[:2], *column_counts.stride(), hl, nq,
         most + 1, n, m, BLOCK=BLOCK_Q, CHUNK=128, num_warps=1,
     )  # fmt: skip
-    return Work(counter, shared(tiles, nq), plan, h // hl, shared(columns, nq), pair=True, cover=cover, lag=lag)
+    return Work(counter, shared(tiles, nq), plan, h // hl, shared(columns, nq), WIDTH, cover=cover, lag=lag)
 
 
 def shared(t: Tensor, nq: int) -> Tensor:

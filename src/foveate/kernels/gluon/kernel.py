@@ -1,10 +1,11 @@
 """Attention forward for Hopper: one producer, two consumer warpgroups of 64 rows, persistent CTAs.
 
 A *tile* is 128 query rows of one head, or 64 rows of two heads that share their lists. A *step* is 128 keys: one list
-entry of width 128, a pair of entries of width 64, an implicit block (dense layouts, static rules), or 128 single keys.
-Lists are ascending in memory and walked backwards, so that the steps that need a mask (the diagonal, the last keys, the
-missing half of an odd list) come first; single keys follow, walked forwards, so that those which some row must not see
-come last. Rules walk the window backwards, then the sink. All steps between run bare.
+entry of width 128, two of width 64, four of width 32, an implicit block (dense layouts, static rules), or 128 single
+keys. A row of lists may serve several tiles: each walks what its own rows see of it. Lists are ascending in memory and
+walked backwards, so that the steps that need a mask (the diagonal, the last keys, the missing parts of a list that does
+not fill its steps) come first; single keys follow, walked forwards, so that those which some row must not see come last.
+Rules walk the window backwards, then the sink. All steps between run bare.
 
     producer   `feed.py`: takes tiles from an atomic counter two ahead, turns what they list into loads
     ring       entry i holds (K_i, V_{i-1}) of the flattened sequence of steps of ALL tiles of this CTA; one full and
@@ -36,17 +37,17 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 # ---------------------------------------------------------------------- consumer
 @gluon.jit
-def _mask(s, words, places, slot, row_pos, window, sink, WG: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr,
+def _mask(s, words, places, slot, row_pos, window, sink, WG: gl.constexpr, CAUSAL: gl.constexpr, WIDTH: gl.constexpr,
           COLS: gl.constexpr, RULE: gl.constexpr, DIAG: gl.constexpr):  # fmt: skip
     """Scores of a step with those that a row must not see hidden."""
     if RULE:
         s = mask_rule(s, words, slot, row_pos, window, sink)
     elif DIAG:
         s = mask_places(s, places, slot * 2 + WG, row_pos, CAUSAL)
-    elif COLS:
+    elif COLS or WIDTH == 32:
         s = mask_places(s, places, slot, row_pos, CAUSAL)
     else:
-        s = mask_keys(s, words, slot, row_pos, CAUSAL, PAIR)
+        s = mask_keys(s, words, slot, row_pos, CAUSAL, WIDTH)
     return s
 
 
@@ -58,7 +59,7 @@ def _row_sums(p):
 
 @gluon.jit
 def _step(q, k_bufs, v_bufs, words, places, full, empty, it, o, m, l, pb, scale_log2, row_pos, masked, window, sink,
-          WG: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr, COLS: gl.constexpr, RULE: gl.constexpr,
+          WG: gl.constexpr, CAUSAL: gl.constexpr, WIDTH: gl.constexpr, COLS: gl.constexpr, RULE: gl.constexpr,
           DIAG: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     P: gl.constexpr = pb.type.layout
     O: gl.constexpr = gl.SliceLayout(1, o.type.layout)
@@ -73,7 +74,7 @@ def _step(q, k_bufs, v_bufs, words, places, full, empty, it, o, m, l, pb, scale_
         masked = word(words, slot * LINE) > 0
     s = warpgroup_mma_wait(1, deps=[s])
     if masked:
-        s = _mask(s, words, places, slot, row_pos, window, sink, WG, CAUSAL, PAIR, COLS, RULE, DIAG)
+        s = _mask(s, words, places, slot, row_pos, window, sink, WG, CAUSAL, WIDTH, COLS, RULE, DIAG)
         top = gl.max(s, 1)
     else:
         top = gl.max(s, 1)
@@ -89,9 +90,9 @@ def _step(q, k_bufs, v_bufs, words, places, full, empty, it, o, m, l, pb, scale_
 
 
 @gluon.jit
-def _consumer(WG: gl.constexpr, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M, CAUSAL: gl.constexpr, PAIR: gl.constexpr,
-              COLS: gl.constexpr, RULE: gl.constexpr, DIAG: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr,
-              STAGES: gl.constexpr):  # fmt: skip
+def _consumer(WG: gl.constexpr, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M, CAUSAL: gl.constexpr,
+              WIDTH: gl.constexpr, COLS: gl.constexpr, RULE: gl.constexpr, DIAG: gl.constexpr, BLOCK: gl.constexpr,
+              D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Rows 64 * WG to 64 * WG + 63 of every tile of this CTA, or (BLOCK 64) all rows of its head number WG.
 
     Steps before `masked` of a tile need a mask; with columns or a rule those from `tail` on do, too. Of factored layouts
@@ -130,7 +131,7 @@ def _consumer(WG: gl.constexpr, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M
     q = q_bufs.index(WG)
     s = warpgroup_mma(q, k_bufs.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    s = _mask(s, step_words, places, 0, rows + block * BLOCK, window, sink, WG, CAUSAL, PAIR, COLS, RULE, DIAG)
+    s = _mask(s, step_words, places, 0, rows + block * BLOCK, window, sink, WG, CAUSAL, WIDTH, COLS, RULE, DIAG)
     mbarrier.arrive(empty.index(0), count=1)
     it += 1
     m = gl.max(s, 1) * scale_log2
@@ -146,7 +147,7 @@ def _consumer(WG: gl.constexpr, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M
             if COLS or RULE:
                 hide = hide | (j >= tail)
             o, m, l, pb = _step(q, k_bufs, v_bufs, step_words, places, full, empty, it, o, m, l, pb, scale_log2, row_pos,
-                                hide, window, sink, WG, CAUSAL, PAIR, COLS, RULE, DIAG, STAGES)  # fmt: skip
+                                hide, window, sink, WG, CAUSAL, WIDTH, COLS, RULE, DIAG, STAGES)  # fmt: skip
             it += 1
 
         # the last P V of this tile beside the first Q K^T of the next (of stale memory, unused, after the last tile)
@@ -169,7 +170,7 @@ def _consumer(WG: gl.constexpr, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M
         s = warpgroup_mma(q, k_bufs.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         o = warpgroup_mma(pb, v_bufs.index(slot), o, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        s = _mask(s, step_words, places, slot, rows + block_next * BLOCK, window, sink, WG, CAUSAL, PAIR, COLS, RULE, DIAG)
+        s = _mask(s, step_words, places, slot, rows + block_next * BLOCK, window, sink, WG, CAUSAL, WIDTH, COLS, RULE, DIAG)
         m_tile = gl.convert_layout(m, R)
         l_tile = gl.convert_layout(gl.sum(l, 1), R)
         m = gl.max(s, 1) * scale_log2
@@ -202,29 +203,31 @@ def _consumer(WG: gl.constexpr, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M
 
 # ---------------------------------------------------------------------- the kernel
 PLAIN_INTS = ["sb", "sh", "sq", "pb", "cb", "ch", "cq", "k_sb", "k_sg", "k_sm", "v_sb", "v_sg", "v_sm",
-              "cover_n", "lag", "share", "T", "H", "G", "NQ", "N", "M"]  # fmt: skip
+              "group", "ahead", "cover_n", "lag", "share", "T", "H", "G", "NQ", "N", "M"]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=PLAIN_INTS)
 def attend_kernel(q_desc, k_desc, v_desc, o_desc, lse_ptr, counter, tiles_ptr, plan_ptr, cols_ptr, k_ptr, v_ptr, cover_ptr,
-                  sb, sh, sq, pb, cb, ch, cq, k_sb, k_sg, k_sm, v_sb, v_sg, v_sm, cover_n, lag, share, scale_log2,
-                  T, H, G, NQ, N, M, FLAT: gl.constexpr, CAUSAL: gl.constexpr, DENSE: gl.constexpr, PAIR: gl.constexpr,
-                  COLS: gl.constexpr, RULE: gl.constexpr, DIAG: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr,
-                  STAGES: gl.constexpr):  # fmt: skip
+                  sb, sh, sq, pb, cb, ch, cq, k_sb, k_sg, k_sm, v_sb, v_sg, v_sm, group, ahead, cover_n, lag, share,
+                  scale_log2, T, H, G, NQ, N, M, FLAT: gl.constexpr, CAUSAL: gl.constexpr, DENSE: gl.constexpr,
+                  WIDTH: gl.constexpr, COLS: gl.constexpr, RULE: gl.constexpr, DIAG: gl.constexpr, BLOCK: gl.constexpr,
+                  D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Launch with min(tiles, multiprocessors) CTAs, num_warps=4, maxnreg=168, and *counter = 0.
 
     Args:
-        q_desc, k_desc, v_desc, o_desc: rank 4, blocks [1, 1, 64, D] for q and o, [1, 1, 128, D] (PAIR: [1, 1, 64, 64])
-            for k and v. FLAT: the layout of a [64, D] block in shared memory.
+        q_desc, k_desc, v_desc, o_desc: rank 4, blocks [1, 1, 64, D] for q and o, [1, 1, 128, D] (WIDTH below
+            128: [1, 1, WIDTH, 64]) for k and v. FLAT: the layout of a [64, D] block in shared memory.
         lse_ptr: fp32 `[B, H, N]`, contiguous.
         tiles_ptr, sb, sh, sq: first keys, ascending; strides of batch row, list, query block. Unread when DENSE or RULE.
+        group, ahead: tiles that a row of lists serves, and how many of the first row's lie before tile 0.
         plan_ptr, pb: int32 `[.., NQ, 2]` (entries used, steps to mask), with COLS `[.., NQ, 4]` (.., columns used, steps
             of columns that every row sees), with RULE `[.., 2]` (window, sink); stride of a batch row in rows.
         cols_ptr, cb, ch, cq: single keys, ascending; strides as of tiles. k_ptr, v_ptr, k_sb .. v_sm: K and V once more,
             with strides of batch row, kv head, key divided by 8. Unread without COLS.
-        cover_ptr, cover_n, lag: see `factored.py`. With DIAG (and COLS and PAIR) tiles hold words of distances and the plan
+        cover_ptr, cover_n, lag: see `factored.py`. With DIAG (and COLS, WIDTH 64) tiles hold words of distances and the plan
             (entries used, entries before them, columns used, 0).
-        BLOCK: rows of a query block, 128, or 64 for lists that neighbouring heads share.
+        NQ: tiles of a head.
+        BLOCK: rows of a tile in one head: 128, or 64 for lists that neighbouring heads share. WIDTH: keys of a list entry.
     """
     DT: gl.constexpr = q_desc.dtype
     q_bufs = gl.allocate_shared_memory(DT, [4, 64, D], FLAT)
@@ -234,7 +237,7 @@ def attend_kernel(q_desc, k_desc, v_desc, o_desc, lse_ptr, counter, tiles_ptr, p
     WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tile_words = gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], WORD)
     step_words = gl.allocate_shared_memory(gl.int32, [STAGES * LINE, 1], WORD)
-    places = gl.allocate_shared_memory(gl.int32, [STAGES * (2 if DIAG else 1), 128 if COLS else 1], WORD)
+    places = gl.allocate_shared_memory(gl.int32, [STAGES * (2 if DIAG else 1), 128 if COLS or WIDTH == 32 else 1], WORD)
     q_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -249,19 +252,19 @@ def attend_kernel(q_desc, k_desc, v_desc, o_desc, lse_ptr, counter, tiles_ptr, p
     bufs = (q_bufs, k_bufs, v_bufs, o_bufs, tile_words, step_words, places)
     bars = (q_full, q_empty, full, empty)
     lists = (tiles_ptr, plan_ptr, cols_ptr)
-    strides = (sb, sh, sq, pb, cb, ch, cq)
+    strides = (sb, sh, sq, pb, cb, ch, cq, group, ahead)
     rows = (k_ptr, v_ptr, k_sb, k_sg, k_sm, v_sb, v_sg, v_sm)
     reach = (cover_ptr, cover_n, lag)
     FEEDERS: gl.constexpr = 4 if COLS else 1
     gl.warp_specialize(
         [
-            (_consumer, (0, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M, CAUSAL, PAIR, COLS, RULE, DIAG, BLOCK, D,
-                         STAGES)),
-            (_consumer, (1, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M, CAUSAL, PAIR, COLS, RULE, DIAG, BLOCK, D,
-                         STAGES)),
+            (_consumer, (0, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M, CAUSAL, WIDTH, COLS, RULE, DIAG, BLOCK,
+                         D, STAGES)),
+            (_consumer, (1, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M, CAUSAL, WIDTH, COLS, RULE, DIAG, BLOCK,
+                         D, STAGES)),
             (produce, (q_desc, k_desc, v_desc, bufs, bars, counter, lists, strides, rows, reach, share,
-                       T, H, G, NQ, N, M, FLAT, CAUSAL, DENSE, PAIR, COLS, RULE, DIAG, BLOCK, D, STAGES)),
+                       T, H, G, NQ, N, M, FLAT, CAUSAL, DENSE, WIDTH, COLS, RULE, DIAG, BLOCK, D, STAGES)),
         ],
         [4, FEEDERS],
-        [216, 72] if DIAG else [224, 56] if COLS else [232, 40],
+        [216, 72] if COLS else [224, 56] if WIDTH == 32 else [232, 40],
     )  # fmt: skip

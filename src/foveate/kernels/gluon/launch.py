@@ -40,7 +40,7 @@ def arguments(
     """(positional arguments, constexpr arguments and launch options) of `attend_kernel`, for `readable` tensors."""
     b, h, n, d = q.shape
     g, m = k.shape[1], k.shape[2]
-    rows, keys = [1, 1, 64, d], [1, 1, 64, 64] if work.pair else [1, 1, 128, d]
+    rows, keys = [1, 1, 64, d], [1, 1, 128, d] if work.width == 128 else [1, 1, work.width, 64]
     nq = -(-n // work.block)
     cols = work.columns is not None
     steps = [s // 8 for t in (k, v) for s in t.stride()[:3]] if cols else [0] * 6  # 16 bytes: what a thread copies
@@ -48,11 +48,11 @@ def arguments(
     args = [
         _descriptor(q, rows), _descriptor(k, keys), _descriptor(v, keys), _descriptor(out, rows), lse, work.counter,
         work.tiles, work.plan, work.columns if cols else work.tiles, k, v, work.plan if cover is None else cover,
-        *work.strides(), *steps, 0 if cover is None else cover.shape[-1], work.lag, work.share, scale * math.log2(math.e),
-        grid(q, work), h, g, nq, n, m,
+        *work.strides(), *steps, work.group, work.ahead, 0 if cover is None else cover.shape[-1], work.lag, work.share,
+        scale * math.log2(math.e), grid(q, work), h, g, nq, n, m,
     ]  # fmt: skip
     options = dict(
-        FLAT=shared_layout([64, d], DTYPES[q.dtype]), CAUSAL=layout.causal, DENSE=layout.full, PAIR=work.pair, COLS=cols,
+        FLAT=shared_layout([64, d], DTYPES[q.dtype]), CAUSAL=layout.causal, DENSE=layout.full, WIDTH=work.width, COLS=cols,
         RULE=work.rule, DIAG=cover is not None, BLOCK=work.block, D=d, STAGES=2 if d == 128 else 4, num_warps=4,
         maxnreg=168, enable_fp_fusion=True,
     )  # fmt: skip

@@ -28,11 +28,11 @@ def _last_seen(row_pos, start, stop, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def mask_keys(s, words, slot, row_pos, CAUSAL: gl.constexpr, PAIR: gl.constexpr):
-    """Scores `[64, 128]` of keys from start to stop, or (PAIR) of 64 keys from each of two starts."""
+def mask_keys(s, words, slot, row_pos, CAUSAL: gl.constexpr, WIDTH: gl.constexpr):
+    """Scores `[64, 128]` of keys from start to stop, or (WIDTH 64) of 64 keys from each of two starts."""
     base = slot * LINE
     last = _last_seen(row_pos, word(words, base), word(words, base + 1), CAUSAL)
-    if PAIR:
+    if WIDTH == 64:
         right = _last_seen(row_pos, word(words, base + 2), word(words, base + 3), CAUSAL)
         s3 = s.reshape([64, 2, 64])
         L3: gl.constexpr = s3.type.layout

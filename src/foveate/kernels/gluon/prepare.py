@@ -24,14 +24,16 @@ class Work:
 
     Attributes:
         counter: int32 `[1]`, 0: tiles handed out.
-        tiles: int32 `[B|1, Hl, NQ, T]`, last axis contiguous (dense layouts and rules: unread).
-        plan: int32 `[B|1, Hl, NQ, 2]`: entries that hold a visible key; steps, from the last entry on, that need a mask.
-            With columns `[.., 4]`: .., columns that some row sees, whole steps of them that every row sees. Of a rule
-            `[B|1, Hl, 1, 2]`: window, sink.
+        tiles: int32 `[B|1, Hl, R, T]`, last axis contiguous (dense layouts and rules: unread).
+        plan: int32 `[B|1, Hl, NQ, 2]`, a row for every tile: entries that hold a visible key; steps, from the last entry on,
+            that need a mask. With columns `[.., 4]`: .., columns that some row sees, whole steps of them that every row
+            sees. Of a rule `[B|1, Hl, 1, 2]`: window, sink.
         share: query heads served by one list.
-        columns: int32 `[B|1, Hl, NQ, C]`, last axis contiguous, or None.
-        pair: steps take two tiles of 64 keys. rule: the plan holds a rule.
-        block: rows of a query block, 128 or 64; a tile of 64-row blocks takes two heads.
+        columns: int32 `[B|1, Hl, R, C]`, last axis contiguous, or None.
+        width: keys of a list entry, 128, 64 or 32; a step takes 128. rule: the plan holds a rule.
+        block: rows of a tile in one head, 128 or 64; a tile of 64-row blocks takes two heads.
+        group: tiles that a row of lists serves, one after another: R = ceil((ahead + NQ) / group).
+        ahead: of a chunk that begins inside a query block, tiles of that block before its first one.
         cover, lag: of factored layouts (`factored.py`; lists are then shared by all query blocks), uint8 `[B|1, Hl, ..]`, 1
             at the distances that a diagonal reaches; how much earlier than the tile its first 64 rows end.
     """
@@ -41,15 +43,17 @@ class Work:
     plan: Tensor
     share: int
     columns: Tensor | None = None
-    pair: bool = False
+    width: int = BLOCK_Q
     rule: bool = False
     block: int = BLOCK_Q
+    group: int = 1
+    ahead: int = 0
     cover: Tensor | None = None
     lag: int = 0
 
     def strides(self) -> tuple[int, ...]:
-        """Of batch row, list and query block in `tiles`, of a batch row in rows of `plan`, and of batch row, list and
-        query block in `columns` (0: shared)."""
+        """Of batch row, list and row of lists in `tiles`, of a batch row in rows of `plan`, and of batch row, list and
+        row of lists in `columns` (0: shared)."""
         many = int(self.plan.shape[0] > 1)
         hl, nq = self.plan.shape[1:3]
         of = [0, 0, 0] if self.columns is None else self.columns.stride()[:3]
@@ -57,21 +61,25 @@ class Work:
         return many * sb, sh, sq, many * hl * nq, many * of[0], of[1], of[2]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HL", "NQ", "N", "M", "group", "ahead", "halvings"])
 def plan_kernel(tiles, counts, cols, col_counts, plan, counter, sb, sh, sq, cb, ch, cq, eb, eh, eq, fb, fh, fq, HL, NQ, N, M,
-                WIDTH: tl.constexpr, CAUSAL: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
-                CHUNK: tl.constexpr):  # fmt: skip
-    """One program a list. A step holds 128 // WIDTH entries; in an odd list the last entry is a step of its own.
+                group, ahead, halvings, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, COLS: tl.constexpr,
+                BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """One program a tile of a list. A step holds 128 // WIDTH entries; where they do not fill the steps, the last entries
+    are a step of their own. Entries that no row of this tile sees (its list may serve later ones, too) are not used.
 
-    Columns (COLS): those that no row sees are not used, and whole steps of 128 that every row sees need no mask.
+    Columns (COLS): those that no row sees are not used, and whole steps of 128 that every row sees need no mask. Both
+    numbers come from a search by halves (2 ** halvings is more than the columns of any list): a list that serves many
+    tiles is long.
     """
     pid = tl.program_id(0)
     block = pid % NQ
     head = (pid // NQ) % HL
     b = pid // (NQ * HL)
-    row = tiles + b.to(tl.int64) * sb + head.to(tl.int64) * sh + block.to(tl.int64) * sq
-    count = tl.load(counts + b.to(tl.int64) * cb + head * ch + block * cq)
-    common = M  # keys before it are seen by every row of the block, keys from `close` on by none
+    line = (block + ahead) // group  # the row of lists that serves this tile
+    row = tiles + b.to(tl.int64) * sb + head.to(tl.int64) * sh + line.to(tl.int64) * sq
+    count = tl.load(counts + b.to(tl.int64) * cb + head * ch + line * cq)
+    common = M  # keys before it are seen by every row of the tile, keys from `close` on by none
     close = M
     if CAUSAL:
         common = tl.minimum(M - N + block * BLOCK + 1, M)
@@ -88,25 +96,26 @@ def plan_kernel(tiles, counts, cols, col_counts, plan, counter, sb, sh, sq, cb, 
         partial = live & ((start > common - WIDTH) | (after - start < WIDTH))
         bare = tl.minimum(bare, tl.min(tl.where(partial, i, count), 0))
     hidden = tl.maximum(used - bare, 0)
-    if WIDTH == 64:
-        odd = used & 1
-        steps = tl.where(odd == 1, 1 + hidden // 2, (hidden + 1) // 2)
-    else:
-        steps = hidden
+    FILL: tl.constexpr = 128 // WIDTH
+    odd = used % FILL
+    steps = (odd > 0).to(tl.int32) + (tl.maximum(hidden - odd, 0) + FILL - 1) // FILL
     PLAN: tl.constexpr = 4 if COLS else 2
     tl.store(plan + pid * PLAN, used)
     tl.store(plan + pid * PLAN + 1, tl.maximum(steps, 1))
     if COLS:
-        row = cols + b.to(tl.int64) * eb + head.to(tl.int64) * eh + block.to(tl.int64) * eq
-        count = tl.load(col_counts + b.to(tl.int64) * fb + head * fh + block * fq)
-        seen = 0
-        whole = 0
-        for lo in range(0, count, CHUNK):
-            key = tl.load(row + lo + lane, mask=lo + lane < count, other=2147483647)
-            seen += tl.sum((key < close).to(tl.int32), 0)
-            whole += tl.sum((key < common).to(tl.int32), 0)
-        tl.store(plan + pid * PLAN + 2, seen)
-        tl.store(plan + pid * PLAN + 3, whole // 128)
+        row = cols + b.to(tl.int64) * eb + head.to(tl.int64) * eh + line.to(tl.int64) * eq
+        count = tl.load(col_counts + b.to(tl.int64) * fb + head * fh + line * fq)
+        lane = tl.arange(0, 2)  # how many keys lie before `close`, and before `common`
+        limit = tl.where(lane == 0, close, common)
+        low = lane * 0
+        high = low + count
+        for _ in range(0, halvings):
+            open = low < high
+            middle = (low + high) >> 1
+            before = tl.load(row + middle, mask=open, other=0) < limit
+            low = tl.where(open & before, middle + 1, low)
+            high = tl.where(open & (before == 0), middle, high)
+        tl.store(plan + pid * PLAN + 2 + lane, tl.where(lane == 0, low, low // 128))
     if pid == 0:
         tl.store(counter, 0)
 
@@ -122,20 +131,28 @@ def prepare(layout: Layout, device: torch.device) -> Work:
 
         return factored(layout, device)
     tiles, counts, columns, column_counts = lists(layout)
-    b, hl, nq = counts.shape
+    b, hl, _ = counts.shape
     cols = columns is not None
+    block = tile_rows(layout)
+    nq = -(-n // block)
     plan = torch.empty((b, hl, nq, 4 if cols else 2), dtype=torch.int32, device=device)
-    pair = layout.tiles is not None and layout.tile_width == 64
+    width = BLOCK_Q if layout.tiles is None else layout.tile_width
     counter = torch.empty(1, dtype=torch.int32, device=device)
-    work = Work(counter, tiles, plan, h // hl, columns, pair, block=layout.block_q)
+    group, ahead = layout.block_q // block, layout.q_offset // block
+    work = Work(counter, tiles, plan, h // hl, columns, width, block=block, group=group, ahead=ahead)
     columns, column_counts = (columns, column_counts) if cols else (tiles, counts)
     assert columns is not None and column_counts is not None
     plan_kernel[(b * hl * nq,)](
         tiles, counts, columns, column_counts, plan, counter, *tiles.stride()[:3], *counts.stride(),
-        *columns.stride()[:3], *column_counts.stride(), hl, nq, n, m, WIDTH=64 if pair else 128, CAUSAL=layout.causal,
-        COLS=cols, BLOCK=layout.block_q, CHUNK=128, num_warps=1,
+        *columns.stride()[:3], *column_counts.stride(), hl, nq, n, m, group, ahead, columns.shape[-1].bit_length(),
+        WIDTH=width, CAUSAL=layout.causal, COLS=cols, BLOCK=block, CHUNK=128, num_warps=1,
     )  # fmt: skip
     return work
+
+
+def tile_rows(layout: Layout) -> int:
+    """Rows of a head that a tile of the kernel takes of a layout of lists: 128, or all 64 of a query block."""
+    return BLOCK_Q if layout.block_q % BLOCK_Q == 0 else layout.block_q
 
 
 def rule(layout: Layout, zero: Tensor) -> Work:
