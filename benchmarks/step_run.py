@@ -1,13 +1,14 @@
 """A whole decode step of a model of Llama-3-8B's shape: recipes as CUDA graphs and without, dense on the same path.
 
     python benchmarks/step_run.py [--cases 131072x1,32768x8] [--recipes 'dense; quest:share=group'] [--ways graphs,compiled]
-        [--out FILE] [--tiny]
+        [--out FILE] [--launches] [--tiny]
 
 Random weights in bf16 and caches filled with random keys and values, no prefill: a step's time depends on how much a
 recipe reads, not on what. All recipes of a case share the cache's memory, rewound between them. "no attention" stores new
 keys and hands the queries back: what a step takes beside attention; `attention_ms` is the rest, each way of running against
 its own floor. Ways: graphs; compiled and tuned (graphs of layers compiled by torch.compile); plain. A failing recipe is said
-and left out. `--tiny` is a dry run on the CPU.
+and left out. `--launches` lists what a replayed step launches, with times and the gaps between. `--tiny` is a dry run on the
+CPU.
 """
 
 from __future__ import annotations
@@ -109,8 +110,12 @@ def context(entries: list[tuple[Tensor, Tensor]], m: int, handle: Handle) -> Con
     layers = []
     for k, v in entries:
         cache, b = LayerCache(), k.shape[0]
-        cache.store = DenseStore(k, v, [m] * b)
-        cache.seen, cache.rows, cache.tails = [m] * b, [LayerState() for _ in range(b)], [None] * b
+        if (asked := handle.recipe.stored)["kind"] == "quantised":  # which has memory of its own
+            cache.append(k[:, :, :m], v[:, :, :m], storage=asked)
+            cache.store.settle()  # type: ignore[union-attr]
+        else:
+            cache.store = DenseStore(k, v, [m] * b)
+            cache.seen, cache.rows, cache.tails = [m] * b, [LayerState() for _ in range(b)], [None] * b
         layer = ContextLayer(cache, m)
         layer.is_initialized = True
         layers.append(layer)
@@ -146,8 +151,44 @@ def timed(step: Callable[[], Any], times: int, device: torch.device) -> tuple[li
     return [a.elapsed_time(z) for a, z in zip(events, events[1:], strict=False)], statistics.median(host)
 
 
+def launches(step: Callable[[], Any], layers: int) -> list[str]:
+    """What one step launches on the device, in words; see `told`."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as watch:
+        step()
+        torch.cuda.synchronize()
+    ran = [e for e in watch.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return told(sorted((e.time_range.start, e.time_range.end, e.name) for e in ran), layers)
+
+
+def told(ran: list[tuple[float, float, str]], layers: int) -> list[str]:
+    """Lines about launches (begin, end, name), in microseconds: by name, the gaps between them, one layer in its order."""
+    total: dict[str, list[float]] = {}
+    for begin, end, name in ran:
+        total.setdefault(name, []).append(end - begin)
+    lines = []
+    for name, us in sorted(total.items(), key=lambda item: -sum(item[1])):
+        often = f"{len(us):5d} launches ({len(us) / layers:5.2f} a layer)"
+        lines.append(f"{sum(us) / 1e3:8.3f} ms {often} of {statistics.median(us):7.1f} us  {name[:90]}")
+    if not ran:
+        return ["the profiler saw no launch"]
+    busy, whole = sum(map(sum, total.values())) / 1e3, (max(end for _, end, _ in ran) - ran[0][0]) / 1e3
+    lines.append(
+        f"{whole - busy:8.3f} ms between {len(ran)} launches; {busy:.3f} of {whole:.3f} ms busy, under the profiler"
+    )
+    names, half = [name for _, _, name in ran], len(ran) // 2
+    again = (i for i in range(half + 1, len(names)) if names[i : i + 4] == names[half : half + 4])
+    return [*lines, "a layer in its order: " + " | ".join(name[:40] for name in names[half : next(again, half + 1)])]
+
+
 def measure(
-    net: Any, entries: list[tuple[Tensor, Tensor]], m: int, recipe: Recipe, way: dict[str, Any], steps: int
+    net: Any,
+    entries: list[tuple[Tensor, Tensor]],
+    m: int,
+    recipe: Recipe,
+    way: dict[str, Any],
+    steps: int,
+    look: bool = False,
 ) -> tuple[dict[str, float], dict[str, Any], float | None]:
     """(spread of a step's milliseconds, facts of the run, density) of one recipe."""
     device, b = entries[0][0].device, entries[0][0].shape[0]
@@ -180,6 +221,8 @@ def measure(
             raise RuntimeError(
                 f"only {replays} of {steps} steps were replayed: {'; '.join(handle.notes) or 'no reason given'}"
             )
+        if look:
+            print("\n".join(launches(step, len(entries))), flush=True)
         facts: dict[str, Any] = {"graphs": int(graphs), "host_ms": round(host, 3)}
         if compiled:  # the first of a process compiles
             facts |= {"compiled": compiled if isinstance(compiled, str) else "default", "warm_s": round(warm, 1)}
@@ -189,7 +232,9 @@ def measure(
 
 
 # ---------------------------------------------------------------------- the run
-def case(net: Any, b: int, m: int, recipes: list[str], ways: list[str], steps: int, until: float) -> list[results.Row]:
+def case(
+    net: Any, b: int, m: int, recipes: list[str], ways: list[str], steps: int, until: float, look: bool = False
+) -> list[results.Row]:
     entries = memory(net, b, m)
     c, rows, floor = net.config, [], {}  # floor: way -> milliseconds without attention
     name = f"{m} tokens, batch {b}"
@@ -202,7 +247,7 @@ def case(net: Any, b: int, m: int, recipes: list[str], ways: list[str], steps: i
                 continue
             try:
                 recipe = Recipe(decode=Nothing()) if text == NOTHING else Recipe.of(text)
-                ms, facts, density = measure(net, entries, m, recipe, options, steps)
+                ms, facts, density = measure(net, entries, m, recipe, options, steps, look)
             except Exception as err:
                 said = str(err).splitlines()
                 print(f"# {name}: {label} left out: {type(err).__name__}: {said[0][:200] if said else ''}", flush=True)
@@ -229,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=400, help="no further recipe begins after these")
     parser.add_argument("--out", metavar="FILE", help="JSON file to write")
+    parser.add_argument("--launches", action="store_true", help="list what a step launches (a GPU's profiler)")
     parser.add_argument("--tiny", action="store_true", help="a small model and short contexts on the CPU, without graphs")
     args = parser.parse_args(argv)
     until = time.monotonic() + args.seconds
@@ -243,7 +289,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--ways: expected some of {', '.join(WAYS)}, got {', '.join(unknown)}")
     rows: list[results.Row] = []
     for m, b in cases:
-        rows += case(net, b, m, recipes, ways, min(args.steps, 5) if args.tiny else args.steps, until)
+        steps = min(args.steps, 5) if args.tiny else args.steps
+        rows += case(net, b, m, recipes, ways, steps, until, args.launches and not args.tiny)
         release()
         if args.out and rows:
             results.write(args.out, results.result("step", rows, device))

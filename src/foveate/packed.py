@@ -62,11 +62,13 @@ class Coded:
         return self.read(lo, hi, self.tail.new_empty(*self.tail.shape[:2], hi - lo, self.tail.shape[3]))
 
     def at(self, entries: Tensor) -> Tensor:
-        """`[B, G, n, D]`: entries int64 `[B, n]`, coded or not; those that do not exist have no meaning."""
-        slot = entries % self.ring if self.ring else (entries - self.done[:, None]).clamp(0, max(0, self.tail.shape[2] - 1))
+        """`[B, G, n, D]`: entries int64 `[B, n]`, or `[B, G, n]` where kv heads differ, coded or not; those that do not
+        exist have no meaning."""
+        done = self.done.view(-1, *[1] * (entries.dim() - 1))
+        slot = entries % self.ring if self.ring else (entries - done).clamp(0, max(0, self.tail.shape[2] - 1))
         coded = self.codes.shape[2]
         if self.tail.shape[2] == 0:
-            late = self.tail.new_zeros(*self.tail.shape[:2], entries.shape[1], self.tail.shape[3])
+            late = self.tail.new_zeros(*self.tail.shape[:2], entries.shape[-1], self.tail.shape[3])
         else:
             late = _pick(self.tail, slot)
         if coded == 0:
@@ -79,7 +81,8 @@ class Coded:
         else:
             wide = out.unflatten(3, (-1, self.group))
             torch.addcmul(_pick(self.low, e), wide, _pick(self.scale, e), out=wide)
-        return torch.where((entries < self.done[:, None])[:, None, :, None], out, late)
+        old = entries < done
+        return torch.where((old if old.dim() == 3 else old[:, None])[..., None], out, late)
 
     def whole(self, m: int, length: Tensor) -> Tensor:
         """`[B, G, m, D]`, the first `length` int64 `[B]` entries of each row; the others have no meaning."""
@@ -124,6 +127,17 @@ class Thinned:
     v: Tensor
     done: Tensor
     even: int | None
+
+    def at(self, entries: Tensor) -> Tensor:
+        """Keys `[B, G, n, D]` of entries int64 `[B, G, n]`, 0 in the channels they have lost; see `Coded.at`."""
+        done, held = self.done[:, None, None], self.tail.shape[2]
+        out = self.tail.new_zeros(*entries.shape, self.tail.shape[3])
+        if self.few.shape[2]:
+            old = _pick(self.few, entries.clamp(max=self.few.shape[2] - 1))
+            out.scatter_(3, self.channels[:, :, None].expand_as(old), old)
+        if held == 0:
+            return out
+        return torch.where((entries < done)[..., None], out, _pick(self.tail, (entries - done).clamp(0, held - 1)))
 
 
 class PackedKV(KV):
@@ -177,6 +191,19 @@ class PackedKV(KV):
         """Dense keys and values exist already."""
         return "k" in self.__dict__
 
+    def keys_at(self, entries: Tensor) -> Tensor:
+        """Keys `[B, G, n, D]` of entries `[B, G, n]`, which exist: what is read, and no more, is unpacked."""
+        if self.made or self.packed is None:
+            return self.k.gather(2, entries.long()[..., None].expand(*entries.shape, self.shape[3]))
+        keys = self.packed if isinstance(self.packed, Thinned) else self.packed.keys
+        return keys.at(entries.long())
+
+    def gather(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        if self.made or self.packed is None:
+            return super().gather(entries)
+        p, entries = self.packed, entries.long()
+        return self.keys_at(entries), _pick(p.v, entries) if isinstance(p, Thinned) else p.values.at(entries)
+
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         return self._like[0] if self._make is not None else super().shape
@@ -200,6 +227,6 @@ class PackedKV(KV):
 
 
 def _pick(t: Tensor, index: Tensor) -> Tensor:
-    """Entries `[B, n]` of t `[B, G, *, ...]`, the same for all kv heads."""
-    b, n = index.shape
-    return t.gather(2, index.view(b, 1, n, *[1] * (t.dim() - 3)).expand(b, t.shape[1], n, *t.shape[3:]))
+    """Entries `[B, n]` of t `[B, G, *, ...]`, the same for all kv heads, or `[B, G, n]`."""
+    b, n = index.shape[0], index.shape[-1]
+    return t.gather(2, index.view(b, -1, n, *[1] * (t.dim() - 3)).expand(b, t.shape[1], n, *t.shape[3:]))

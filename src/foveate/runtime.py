@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -18,12 +18,12 @@ from torch import Tensor
 from .cache import LayerCache
 from .cache.offload import Near, OffloadStore, bring, fetch, fetch_parts, follow
 from .cache.offload import whole as whole_view
-from .cache.store import last_positions
+from .cache.store import last_positions, longest
 from .combine import sink_logit
 from .errors import UnsupportedError
 from .kernels.dispatch import attend
 from .kv import KV
-from .layout import Layout, Parts
+from .layout import Layout, Part, Parts
 from .methods.base import AttnInput, Method, Rope, Selection, State
 from .payoff import pay_off
 from .recipe import Recipe
@@ -154,6 +154,8 @@ def _plain(recipe: Recipe, method: Method | None) -> bool:
 def _decode(recipe: Recipe, cache: LayerCache, q: Tensor, step: Step, info: Info) -> Tensor:
     view = cache.store.view()  # type: ignore[union-attr]
     x = _input(q.to(view.device), view, "decode", info, step, 0, cache.positions(1, view.device), cache.steps)
+    if step.gate:
+        x.stored = longest(cache.store)  # type: ignore[arg-type]
     near = None
     if isinstance(cache.store, OffloadStore):
         near = cache.store.near
@@ -260,9 +262,20 @@ def _plan(recipe: Recipe, x: AttnInput, method: Method | None, state: State, ste
     mask = heads.owns(x, state)
     if mask is None:
         return own
-    if not isinstance(plan, Layout) or not isinstance(own, Layout):
+    if isinstance(plan, Layout) and isinstance(own, Layout):
+        return Layout.by_head(mask, own, plan)
+    one_softmax = isinstance(plan, Parts) and plan.combine == "lse" and not hasattr(method, "attend")
+    if not isinstance(plan, Parts) or not isinstance(own, Layout) or not one_softmax:
         raise UnsupportedError(f"heads: {heads.id} cannot share a layer with a method that plans several softmaxes")
-    return Layout.by_head(mask, own, plan)
+    rest = tuple(replace(part, layout=_only(~mask, part.layout)) for part in plan.parts)
+    return Parts((*rest, Part(_only(mask, own))))
+
+
+def _only(heads: Tensor, layout: Layout) -> Layout:
+    """The layout with nothing for all but these heads (bool `[H]`)."""
+    shared: dict[str, Any] = dict(causal=layout.causal, q_pos=layout.q_pos)
+    nothing = Layout.static(layout.shape, device=heads.device, **shared) if layout.full else Layout(layout.shape, **shared)
+    return Layout.by_head(heads, layout, nothing)
 
 
 def _plan_of(x: AttnInput, method: Method | None, state: State, step: Step) -> Layout | Parts:
@@ -271,7 +284,8 @@ def _plan_of(x: AttnInput, method: Method | None, state: State, step: Step) -> L
     if x.phase == "prefill" and x.kv.pos is not None and not method.evicted_ok:
         x.note(f"{method.id}: this cache has evicted entries; the new prompt part runs dense")
         return x.dense()
-    if step.gate and x.kv.capacity < (gate := pay_off(method, x.phase, x.device)).length:
+    n = x.kv.capacity if x.stored is None else x.stored
+    if step.gate and n < (gate := pay_off(method, x.phase, x.device)).length:
         x.note(f"{method.id}: {gate}")
         return x.dense()
     plan = method.plan(x, state)

@@ -159,6 +159,14 @@ def test_gradients_of_tiles_at_any_start(dtype):
     gradients(cases.odd(make(600, dtype), 64, 5))
 
 
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_gradients_of_many_steps(stages):
+    """Every row names the first block: list words are loaded a step ahead, rows as many as there are stages."""
+    for h, g in ((8, 2), (16, 1), (2, 2)):
+        case = listed(make(900, h=h, g=g), 6, 64, sink=True)
+        check_backward(case, None, tokens_backward.Config(stages=stages), tolerance=GRADIENTS[torch.bfloat16])
+
+
 def test_gradients_are_equal_in_every_run():
     case = listed(make(2000, h=8, g=2), 8, 64, sink=True)
     first = check_backward(case, tolerance=GRADIENTS[torch.bfloat16])

@@ -2,7 +2,9 @@
 
 Norms, rotary embedding, activation and residual sums of a layer are chains of small kernels; the compiler makes a few of
 them. The attention function stays outside (`torch.compiler.disable`), so a layer is four pieces of code, compiled once for
-all layers that look alike. What the compiled code checks and where it breaks costs the host only at the capture.
+all layers that look alike. What the compiled code checks and where it breaks costs the host only at the capture. The norm
+behind the last layer is compiled as well, and with `tuned` the head: for batches of one the compiler may then make its
+product a kernel of its own, as it may those of the layers.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Layers:
 
     def __init__(self, handle: Handle, tuned: bool = False, backend: Any = "inductor"):
         self.handle, self.options = handle, TUNED if tuned and backend == "inductor" else None
-        self.modules = [m for m in getattr(handle.decoder, "layers", ()) if isinstance(m, torch.nn.Module)]
+        self.layers = [m for m in getattr(handle.decoder, "layers", ()) if isinstance(m, torch.nn.Module)]
+        self.modules = [*self.layers, *self._beside(tuned)]
         self.tried: set[tuple[int, ...]] = set()
         code: dict[type, Any] = {}
         for m in self.modules:
@@ -38,11 +41,19 @@ class Layers:
                 code[type(m)] = torch.compile(type(m).forward, backend=backend, dynamic=False, options=self.options)
         self.forwards = [functools.partial(_call, code[type(m)], m) for m in self.modules]
 
+    def _beside(self, tuned: bool) -> list[torch.nn.Module]:
+        """The norm and the head, where nobody else has replaced their forward."""
+        norm, head = getattr(self.handle.decoder, "norm", None), self.handle.model.get_output_embeddings()
+        found = [norm] if isinstance(norm, torch.nn.Module) else []
+        if tuned and type(head) is torch.nn.Linear:
+            found.append(head)
+        return [m for m in found if "forward" not in vars(m)]
+
     def why_not(self) -> str | None:
         """Why these layers cannot be compiled, or None."""
-        if len(self.modules) != len(self.handle.layers):
+        if len(self.layers) != len(self.handle.layers):
             return f"{type(self.handle.decoder).__name__} keeps its layers elsewhere than in `layers`"
-        if any("forward" in vars(m) for m in self.modules):
+        if any("forward" in vars(m) for m in self.layers):
             return "another library has replaced the forward of its layers"
         return None
 

@@ -5,7 +5,8 @@ a cache of ours. Its stores become fixed ones; the first step of each phase runs
 later ones are replayed. What cannot be captured runs as it is, and `Handle.notes` says why. Selection is inside the graph:
 nothing is planned on the host. A step after which a cache policy drops entries runs as it is: fixed stores drop in place,
 so the graphs of the other steps stay what they are. With `compiled=True` the layers of captured steps are compiled first
-(`compiled.py`).
+(`compiled.py`). A call of several tokens and a rollback end the graphs, unless all methods say that they go on
+(`Method.resumes`): then drafts are replayed from one verification to the next.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cache.fixed import Fixed, fix, fixable
+from ..cache.store import longest
 from ..methods.base import Method
+from ..payoff import pay_off
 from ..scores.bounds import Bounds
 from .compiled import Layers
 from .context import ContextCache
 
 if TYPE_CHECKING:
+    from ..recipe import Recipe
     from .transformers import Handle
 
 PLAIN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict")
@@ -82,7 +86,16 @@ class Graphs:
             return False
         if self.handle.meter is not None:  # it wants to see every call
             return False
-        return not any(layer.cache.pending or layer.cache.store is None for layer in cache.layers)
+        if any(layer.cache.store is None for layer in cache.layers):
+            return False
+        waits = any(layer.cache.pending for layer in cache.layers)  # for a compression, or for methods to begin anew
+        return not waits or (cache.captured is not None and self._resumes(cache))
+
+    def _resumes(self, cache: ContextCache) -> bool:
+        """Captured steps may follow the call of several tokens that came last."""
+        own = [x.info is not None and x.info.window is not None for x in cache.layers]  # the model's rule, not a method's
+        rows = [(i, layer.cache.rows) for i, layer in enumerate(cache.layers) if not own[i]]
+        return stays(self.handle.recipe) and all(m.resumes(i, row) for m in self.handle.recipe.methods for i, row in rows)
 
     def why_not(self, kwargs: dict[str, Any]) -> str | None:
         """The reason this single-token step is not captured, or None."""
@@ -124,9 +137,11 @@ class Graphs:
         if cache.captured is None or not cache.captured.fits(cache):
             cache.captured = Captured(cache, ids)
         held: Captured = cache.captured
+        held.settle(cache, cache.layers[0].cache.steps == 0 and self._resumes(cache))
         at = torch.full_like(ids, cache.get_seq_length()) if at is None else at  # as the model counts, padding included
         step = cache.layers[0].cache.steps
-        phase, drops = self._phase(step) + "/".join(s.phase() for s in held.stores), self._drops(step)
+        stores = "/".join(s.phase() for s in held.stores)
+        phase, drops = f"{self._phase(step)}; {stores}; {self._gates(held, ids.device)}", self._drops(step)
         if self.layers is not None and (why := self.layers.trial(self.forward, held.ids, held.at)) is not None:
             self._plain(why)
         joined = phase not in held.graphs and held.join(cache)  # then stores append by another kernel than before
@@ -156,8 +171,20 @@ class Graphs:
         return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
 
     def _phase(self, step: int) -> str:
-        methods = (self.handle.recipe.decode, self.handle.recipe.heads)
-        return "+".join(str(m.phase(step)) for m in methods if isinstance(m, Method))
+        return "+".join(str(m.phase(step)) for m in self._deciders())
+
+    def _gates(self, held: Captured, device: torch.device) -> str:
+        """Which layers a length gate makes dense in the next step: what it lets through is another graph."""
+        if not self.handle.gate:
+            return ""
+        lengths = [longest(s) + 1 for s in held.stores]  # type: ignore[arg-type]
+        gates = [pay_off(m, "decode", device).length for m in self._deciders()]
+        sides = ["".join("d" if n < gate else "s" for n in lengths) for gate in gates]
+        return "+".join(side if len(set(side)) > 1 else side[:1] for side in sides)
+
+    def _deciders(self) -> list[Method]:
+        recipe = self.handle.recipe
+        return [m for m in (recipe.decode, recipe.heads) if isinstance(m, Method)]
 
     def _drops(self, step: int) -> bool:
         """The cache policy may drop entries after decode step number `step`."""
@@ -212,6 +239,7 @@ class Captured:
         for layer in cache.layers:
             layer.cache.store = fixed = fix(layer.cache.store, layer.cache.seen)
             assert isinstance(fixed, Fixed)
+            fixed.stays, fixed.moved = cache.handle is not None and stays(cache.handle.recipe), False
             self.stores.append(fixed)
         self.ids, self.at = torch.zeros_like(ids), torch.zeros_like(ids)
         self.warm: set[str] = set()
@@ -227,6 +255,15 @@ class Captured:
         """Drop all graphs; those to come share another memory pool, since torch gives up a pool with its last graph."""
         self.graphs.clear()
         self.pool = self._pool()
+
+    def settle(self, cache: ContextCache, resumes: bool) -> None:
+        """Several tokens came in, or some went, in the memory of these stores: drop the graphs, unless they go on."""
+        if any(s.moved for s in self.stores):
+            if not resumes or (self.graphs and self.memory != memory(cache)):
+                self.clear()
+                self.warm.clear()
+            for s in self.stores:
+                s.moved = False
 
     def fits(self, cache: ContextCache) -> bool:
         """The cache still has these stores, as they were, and room for a token."""
@@ -251,7 +288,13 @@ class Captured:
         for layer_cache, store in self.pairs(cache):
             layer_cache.seen = [s + 1 for s in layer_cache.seen]
             layer_cache.steps += 1
+            layer_cache.pending = False
             store.replayed()
+
+
+def stays(recipe: Recipe) -> bool:
+    """Whether graphs of this recipe may outlive a call of several tokens: all its methods have a word on it."""
+    return recipe.cache is None and all(type(m).resumes is not Method.resumes for m in recipe.methods)
 
 
 def memory(cache: ContextCache) -> list[tuple[int, ...]]:

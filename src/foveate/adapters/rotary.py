@@ -19,6 +19,12 @@ class ModelRope:
     def __init__(self, rotary: Any, function: Any, layer_type: str | None):
         self.rotary, self.function, self.layer_type = rotary, function, layer_type
 
+    @property
+    def steady(self) -> bool:
+        """Angles are products of the position and fixed frequencies, whatever the length: distances alone decide."""
+        kinds = getattr(self.rotary, "rope_type", "default")
+        return not {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds])
+
     def _tables(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         args = (x, pos) if self.layer_type is None else (x, pos, self.layer_type)
         cos, sin = self.rotary(*args)

@@ -2,6 +2,7 @@
 
 An ordinary store tells kernels its length through shapes and offsets that the host computes; a captured graph cannot see
 those change. Here every view has the same shapes, one token is written where tensors say, and entries are dropped in place.
+Where graphs outlive it (`stays`), several tokens are written and rolled back in place too.
 The host counts along, and whoever replays a graph says so (`replayed`). `fix` makes one from an ordinary store, where there
 is one for its kind.
 """
@@ -36,10 +37,14 @@ class Fixed:
     Attributes:
         seen_now: int64 `[B]`, tokens seen by each row. full: no token fits any more. beside: page bounds of these entries,
             kept by a method, which a store may bring up to date while it writes a token; whoever knows both sets it.
+        stays: graphs stay right after a call of several tokens and after rollbacks, so both happen in this memory, where the
+            store can; whoever owns the graphs sets it. moved: something of the kind has happened.
     """
 
     seen_now: Tensor
     beside: Bounds | None = None
+    stays: bool = False
+    moved: bool = False
 
     @property
     def full(self) -> bool:
@@ -78,6 +83,7 @@ class FixedDense(DenseStore, Fixed):
     """A rectangle with room for `size` entries. now: int32 `[B, G]`, entries that exist."""
 
     _said: Tensor | None = None  # a copy of `now` that the last append made, while it holds
+    _several = False  # the last call brought several tokens: views are those of an ordinary store
 
     def __init__(self, store: DenseStore, seen: list[int], size: int | None = None):
         used, have = max(store.count), store.k.shape[2]
@@ -96,9 +102,10 @@ class FixedDense(DenseStore, Fixed):
         return max(self.count) >= self.k.shape[2]
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None, seen: list[int]) -> Store:
-        if k.shape[2] != 1 or valid is not None or self.full:
+        n = k.shape[2]
+        if valid is not None or max(self.count) + n > self.k.shape[2] or not (n == 1 or self._writes()):
             return self.loose().append(k, v, valid, seen)
-        if (kernels := self._kernels()) is not None:
+        if n == 1 and (kernels := self._kernels()) is not None:
             pages = None if self.beside is None else self.beside.joins(self.k)
             said = kernels.append(k, v, self.k, self.v, self.now, self.seen_now, pages)
             self.replayed()
@@ -107,16 +114,24 @@ class FixedDense(DenseStore, Fixed):
                 self.beside.joined(said)
             return self
         at = self.now[..., None].long()
+        at = at if n == 1 else at + torch.arange(n, device=at.device)
         self.k.scatter_(2, at[..., None].expand_as(k), k)
         self.v.scatter_(2, at[..., None].expand_as(v), v)
         if self.pos is not None:
             self.pos.scatter_(2, at, _new(self.seen_now, self.pos, at))
         if self.bias is not None:
             self.bias.scatter_(2, at, 0.0)
-        self.now += 1
-        self.seen_now += 1
-        self.replayed()
+        self.now += n
+        self.seen_now += n
+        if n == 1:
+            self.replayed()
+        else:
+            self.count, self._said, self._several, self.moved = [c + n for c in self.count], None, True, True
         return self
+
+    def _writes(self) -> bool:
+        """Several tokens, and rollbacks, may be written into the lengths that graphs read."""
+        return self.stays and (torch.is_inference_mode_enabled() or not self.now.is_inference())
 
     def _kernels(self) -> ModuleType | None:
         """The kernel that appends in one launch, where it serves: entries in text order without weights."""
@@ -125,7 +140,7 @@ class FixedDense(DenseStore, Fixed):
         return kernels if kernels is not None and kernels.appends(self.k, self.v) else None
 
     def replayed(self) -> None:
-        self.count, self._said = [c + 1 for c in self.count], None
+        self.count, self._said, self._several = [c + 1 for c in self.count], None, False
 
     def counted(self) -> object:
         return list(self.count)
@@ -140,6 +155,11 @@ class FixedDense(DenseStore, Fixed):
     def view(self) -> KV:
         # A copy of the lengths: views handed out earlier stay what they were.
         lens = self.now.clone() if self._said is None else self._said
+        if self._several:
+            m = max(self.count)
+            k, v, pos, bias = (None if t is None else t[:, :, :m] for t in (self.k, self.v, self.pos, self.bias))
+            assert k is not None and v is not None
+            return KV(k, v, "dense", m, len=None if self.even else lens, pos=pos, bias=bias)
         return KV(self.k, self.v, "dense", self.k.shape[2], len=lens, pos=self.pos, bias=self.bias)
 
     def select(self, selection: Selection) -> Store:
@@ -163,8 +183,14 @@ class FixedDense(DenseStore, Fixed):
 
     def truncate(self, n: int) -> None:
         super().truncate(n)
+        self._said = None
+        if self._writes():
+            self.now -= n
+            self.seen_now -= n
+            self.moved = True
+            return
         # New tensors: graphs over the old ones are done with, since what methods remembered went with the entries.
-        self.now, self.seen_now, self._said = self.now - n, self.seen_now - n, None
+        self.now, self.seen_now = self.now - n, self.seen_now - n
 
     def reorder(self, index: Tensor) -> None:
         super().reorder(index)
@@ -345,5 +371,6 @@ def _pull_bias(bias: Tensor | None, index: Tensor, selection: Selection, counts:
 
 
 def _new(seen: Tensor, like: Tensor, at: Tensor) -> Tensor:
-    """Text positions of one new token a row, in the dtype of `like` and the shape of `at` `[B, G, 1]`."""
-    return seen[:, None, None].to(like.dtype).expand_as(at)
+    """Text positions of the n new tokens of each row, in the dtype of `like` and the shape of `at` `[B, G, n]`."""
+    first, n = seen[:, None, None].to(like.dtype), at.shape[2]
+    return (first if n == 1 else first + torch.arange(n, dtype=like.dtype, device=like.device)).expand_as(at)

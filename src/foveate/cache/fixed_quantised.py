@@ -105,7 +105,10 @@ class Ring:
 
 
 class FixedQuantised(QuantisedStore, Fixed):
-    """Room for `size` entries. now: int64 `[B]`, entries that exist; settled: `[B]`, how many when it last quantised."""
+    """Room for `size` entries. now: int64 `[B]`, entries that exist; settled: `[B]`, how many when it last quantised; each:
+    int32 `[B, G]`, `now` for every kv head. fresh: what a view needs of them, if the launch that appended has left it."""
+
+    fresh: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __init__(self, store: QuantisedStore, seen: list[int]):
         store.settle()
@@ -116,6 +119,7 @@ class FixedQuantised(QuantisedStore, Fixed):
         device = store.keys.tail.device
         self.now = torch.tensor(store.count.host, device=device)
         self.settled = self.now.clone()
+        self.each = self.now.int()[:, None].expand(store.keys.tail.shape[:2]).contiguous()
         self.seen_now = torch.tensor(seen, device=device)
         self.pos, self.bias = (None if t is None else fixed._widen(t, used, self.size) for t in (store.pos, store.bias))
 
@@ -142,41 +146,52 @@ class FixedQuantised(QuantisedStore, Fixed):
         keys, values = self.near
         if self.folds:
             keys.code_all(self.now)
-        kernels = fused.codes(k)
-        if kernels is not None and kernels.serves(k, v, keys, values):
-            kernels.append(k, v, keys, values, self.now)
-        else:
-            values.code_oldest(self.now)
-            keys.write(k, self.now)
-            values.write(v, self.now)
         at = self.now[:, None, None].expand(-1, k.shape[1], 1)
         if self.pos is not None:
             self.pos.scatter_(2, at, fixed._new(self.seen_now, self.pos, at))
         if self.bias is not None:
             self.bias.scatter_(2, at, 0.0)
-        self.settled.copy_(self.now)
-        self.now += 1
-        self.seen_now += 1
+        kernels, fresh = fused.codes(k), None
+        if kernels is not None and kernels.serves(k, v, keys, values):
+            fresh = kernels.append(k, v, keys, values, self.each, self.now, self.settled, self.seen_now)
+        else:
+            values.code_oldest(self.now)
+            keys.write(k, self.now)
+            values.write(v, self.now)
+            self.settled.copy_(self.now)
+            self.now += 1
+            self.seen_now += 1
+            self.each += 1
         self.replayed()
+        self.fresh = fresh
         return self
 
     def replayed(self) -> None:
+        self.fresh = None
         self.calm, self.count = self.count, Rows([n + 1 for n in self.count.host], self.count.device)
 
     def counted(self) -> object:
         return self.calm, self.count
 
     def recount(self, counted: object) -> None:
+        self.fresh = None
         self.calm, self.count = counted  # type: ignore[misc]
 
     def view(self) -> KV:
-        (keys, values), r, m, now = self.near, self.rule[3], self.size, self.now.clone()
-        done = torch.maximum(self.settled // r * r, keys.since), torch.maximum(self.settled - r, values.since)
-        lens = now.int()[:, None].expand(keys.tail.shape[:2]).contiguous()
-        make = lambda: (keys.whole(m, done[0], now), values.whole(m, done[1], now))  # noqa: E731
+        (keys, values), r, m = self.near, self.rule[3], self.size
+        fresh, self.fresh = self.fresh, None  # in a graph its memory is used again after the step
+        if fresh is None:
+            done = torch.maximum(self.settled // r * r, keys.since), torch.maximum(self.settled - r, values.since)
+            fresh = self.each.clone(), *done
+        lens, k_done, v_done = fresh
+
+        def make() -> tuple[Tensor, Tensor]:
+            now = lens[:, 0].long()
+            return keys.whole(m, k_done, now), values.whole(m, v_done, now)
+
         if 16 in self.rule[:2]:
             return KV(*make(), "dense", m, len=lens, pos=self.pos, bias=self.bias)
-        pair = CodedPair(keys.coded(done[0]), values.coded(done[1]), r + 1)
+        pair = CodedPair(keys.coded(k_done), values.coded(v_done), r + 1)
         return PackedKV.over(pair, make, keys.tail, values.tail.shape[3], m, len=lens, pos=self.pos, bias=self.bias)
 
     def loose(self) -> QuantisedStore:

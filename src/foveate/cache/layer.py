@@ -127,6 +127,7 @@ class LayerCache:
         self.fresh = max(0, self.fresh - n)
         self.pending = self.pending and self.fresh > 0  # else all that a compression would look at is gone again
         for state in (*self.rows, self.batch):
+            state.passed(self.steps - 1)
             state.truncate(n)
         self.tails = [None if t is None or t.shape[2] <= n else t[:, :, : t.shape[2] - n] for t in self.tails]
 

@@ -85,6 +85,11 @@ def last_positions(seen: list[int], n: int, device: torch.device) -> Tensor:
     return torch.tensor(seen, device=device)[:, None] - n + steps
 
 
+def longest(store: Store) -> int:
+    """Entries of the longest row and kv head, as the host counts them."""
+    return max(n for row in store.lens for n in row)
+
+
 def pack(kv: KV) -> dict[str, Tensor]:
     """The existing entries of a view, segment after segment in (b, g) order, without a gap.
 

@@ -1,8 +1,8 @@
-"""The `packed` backend: dense decode over entries that a store keeps packed, without unpacking a layer first.
+"""The `packed` backend: decode over all or listed entries that a store keeps packed, without unpacking a layer first.
 
-Considered for views of `PackedKV` only. Quantised entries go to a Triton kernel on a GPU (`triton/quantised_launch.py`);
-the form below, the law, unpacks pieces of bounded size. Pruned keys become two softmaxes, one over the channels that
-older keys still have.
+Considered for views of `PackedKV` only. Quantised entries go to Triton kernels on a GPU (`triton/quantised_launch.py`,
+`triton/quantised_lists_launch.py`); the forms below, the law, unpack pieces of bounded size. Pruned keys become two
+softmaxes, one over the channels that older keys still have; where entries are listed, only those are put together.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..combine import merge
 from ..kv import KV
 from ..layout import Layout
+from ..lists import repeat_heads
 from ..packed import CodedPair, PackedKV, Thinned
 from .base import Want
 
@@ -27,11 +28,29 @@ def supports(q: Tensor, kv: KV, layout: Layout, want: Want) -> str | None:
     if not isinstance(kv, PackedKV) or kv.packed is None:
         return "entries are stored as they are"
     if kv.made:
-        return "keys and values are unpacked already"
-    if q.shape[2] != 1 or not layout.full:
-        return "it serves one query a row over all entries"
+        return "keys and values are unpacked already: a plan that reads raw keys, as scores of all keys do, unpacks them"
+    if q.shape[2] != 1:
+        return "it serves one query a row"
+    if not layout.full and (why := _unlisted(layout, kv.shape[1])) is not None:
+        return why
     if want.mass or want.grad or want.softcap:
         return "it returns no mass, has no gradient and no softcap"
+    return None
+
+
+def _unlisted(layout: Layout, groups: int) -> str | None:
+    """Why it does not serve this layout of one query a row, which is not dense."""
+    if layout.has_rule:
+        return "it serves no sink, window or stride, only listed tiles or entries"
+    if layout.diagonals is not None or layout.columns is not None:
+        return "it serves no diagonals and columns, only listed tiles or entries"
+    x = layout.entries if layout.tiles is None else layout.tiles
+    if x is None or (layout.tiles is not None and layout.entries is not None):
+        return "it serves either tiles or single entries"
+    if layout.num_blocks != 1 or x.shape[-1] == 0:
+        return "it serves lists of one query, with a place for a tile or entry"
+    if x.shape[1] % groups and groups % x.shape[1]:
+        return f"it serves a list for several kv heads or for heads of one, not {x.shape[1]} lists for {groups} kv heads"
     return None
 
 
@@ -44,6 +63,12 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     assert isinstance(kv, PackedKV) and kv.packed is not None
     bias, packed = visible(kv, layout), kv.packed
+    if not layout.full:
+        if isinstance(packed, CodedPair) and (fused := _kernel(q)) is not None and fused.serves(q, packed):
+            from .triton import quantised_lists_launch
+
+            return *quantised_lists_launch.attend(q, kv, packed, layout, bias, scale, want.lse), None
+        return *_listed(q, kv, layout, bias, scale), None
     if isinstance(packed, Thinned):
         out, lse = _thinned(q, kv, packed, bias, scale)
         return out, lse, None
@@ -94,6 +119,33 @@ def _coded(q: Tensor, kv: KV, packed: CodedPair, bias: Tensor | None, scale: flo
     if bias is not None:
         near = bias.gather(2, e.clamp(max=m - 1)[:, None].expand(b, g, width))
     parts.append(_dense(q, keys.at(e), values.at(e), length - late, near, scale))
+    return merge(parts)
+
+
+def _listed(q: Tensor, kv: PackedKV, layout: Layout, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmaxes over pieces of the lists, each over the entries it names, gathered."""
+    b, g, m, d, dv = kv.shape
+    tiles, count, width = layout.tiles, layout.tile_count, layout.tile_width
+    if tiles is None:
+        tiles, count, width = layout.entries, layout.entry_count, 1
+    assert tiles is not None and count is not None
+    units, n = max(tiles.shape[1], g), tiles.shape[-1]
+    start = tiles[:, :, 0].long().expand(b, -1, -1)  # [B, lists, n]
+    used = torch.arange(n, device=q.device) < count[:, :, :1]
+    stop = torch.full_like(start, m)
+    stop[:, :, :-1] = torch.where(used[:, :, 1:], start[:, :, 1:], m)
+    start, stop, used = (repeat_heads(t.expand(b, -1, -1), units) for t in (start, stop, used))
+    size = repeat_heads(kv.lengths(), units)[..., None, None]
+    parts, step = [], max(1, BUDGET // (b * units * width * (d + dv)))
+    for lo in range(0, n, step):
+        hi = min(lo + step, n)
+        key = start[:, :, lo:hi, None] + torch.arange(width, device=q.device)
+        ok = used[:, :, lo:hi, None] & (key >= 0) & (key < stop[:, :, lo:hi, None]) & (key < size)
+        key, ok = torch.where(ok, key, 0).view(b, g, -1), ok.reshape(b, units, -1)
+        k, v = (t.reshape(b, units, ok.shape[2], -1) for t in kv.gather(key))
+        weight = torch.zeros((), device=q.device) if bias is None else bias.gather(2, key).view(ok.shape)
+        near = torch.where(ok, weight, float("-inf"))
+        parts.append(_dense(q, k, v, torch.full((b,), ok.shape[2], device=q.device), near, scale))
     return merge(parts)
 
 

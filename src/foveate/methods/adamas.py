@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..layout import Layout
-from ..scores.labels import Codes, best_tokens
+from ..scores.entries import best_entries, best_tokens
+from ..scores.labels import Codes
 from .base import AttnInput, Method, State, option
 from .search import Knob
 
@@ -25,9 +26,9 @@ class Adamas(Method):
 
     `theta` of 10 is the paper's, for Llama-2's keys; where activations are smaller, all codes are 1 or 2 and only signs
     count. `unit="std"` (preset "std") counts theta in standard deviations instead: for keys that of the first 64 entries
-    of a row and kv head, never computed again, for a query its own; a captured step cannot learn it. Differs from the
-    published kernel, which takes codes 1 and 2 to be 3 apart: here they are 1 apart, as in the paper. The norm of a key
-    is not part of its code, and weights of entries in an evicted cache do not change their rank.
+    of a row and kv head, never computed again, for a query its own; steps are captured once every row has these 64.
+    Differs from the published kernel, which takes codes 1 and 2 to be 3 apart: here they are 1 apart, as in the paper. The
+    norm of a key is not part of its code, and weights of entries in an evicted cache do not change their rank.
     """
 
     budget: int = option(128, low=1)
@@ -50,7 +51,7 @@ class Adamas(Method):
         return self.budget + 1
 
     def phase(self, step: int) -> str | None:
-        return "step" if self.unit == "absolute" else None
+        return "step"
 
     def plan(self, x: AttnInput, state: State) -> Layout | None:
         if x.layer < self.dense_layers or x.kv.capacity <= self.budget:
@@ -58,6 +59,11 @@ class Adamas(Method):
         codes = state.layer.get(CODES)
         if not isinstance(codes, Codes):
             codes = state.layer[CODES] = Codes(x.q.shape[-1], self.theta, self.unit == "std", x.device)
-        codes.update(x.kv, x.step)
-        entries, count = best_tokens(-codes.distance(x.q), x.kv, self.budget, group=self.share == "group", recent=True)
+        group = self.share == "group"
+        if x.kv.bias is None and x.kv.pos is None:
+            near = codes.rank(x.q, x.kv, x.step, group=group)
+            entries, count = best_entries(near, self.budget, length=x.kv.len, late=True)
+        else:
+            codes.update(x.kv, x.step)
+            entries, count = best_tokens(-codes.distance(x.q), x.kv, self.budget, group=group, recent=True)
         return Layout(x.shape, q_pos=x.layout_pos(), entries=entries[:, :, None], entry_count=count[:, :, None])

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import lists
+from ..errors import ConfigError
 from ..layout import Layout
+from ..profile import of
 from ..scores.stripes import anchors, stripes
+from ._allocation import own_lists
+from .anchor_attention_search import GRID, by_head
 from .base import AttnInput, Method, State, option
-from .search import Knob
+from .search import Knob, Search, Target
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class AnchorAttention(Method):
     `local` blocks before its group on; its highest logit there is its anchor. Of the keys between, a group takes those
     whose logit with the mean query of any of its blocks, plus `theta`, reaches the mean anchor of that block. `theta` is in
     natural-log units and so depends on the range of a model's logits; infinity makes attention dense, minus infinity
-    leaves first and local keys. `share` "group" gives the query heads of a kv head the union of their keys. Differs from
+    leaves first and local keys. `profile` names a folder of `foveate calibrate --target mass=...`: a theta per layer and
+    head in place of `theta`. `share` "group" gives the query heads of a kv head the union of their keys. Differs from
     the published kernels: the regions are disjoint and leave no gap (those count some keys twice and lose the block
     before a group), one softmax runs over all keys, and a last partial group is sparse too.
     """
@@ -33,6 +38,7 @@ class AnchorAttention(Method):
     step: int = option(16, low=1)
     init: int = option(1, low=1)
     local: int = option(1, low=0)
+    profile: str | None = option(None)
     share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
 
     id: ClassVar[str] = "anchor_attention"
@@ -44,6 +50,17 @@ class AnchorAttention(Method):
     # and local keys, whose part falls with the length, are 0.49.
     presets: ClassVar[dict[str, dict[str, Any]]] = {"8k": {"step": 4, "theta": 6.0}}
     knob: ClassVar[Knob | None] = Knob("theta", -8.0, 24.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (found := of(self.id, self.profile)) is None:
+            return
+        for name in GRID:
+            if (made := found.options.get(name)) != getattr(self, name):
+                have = getattr(self, name)
+                raise ConfigError(f"anchor_attention: profile was made with {name}={made}, but {name} is {have}")
+        if (table := found.tensors.get("theta")) is None or table.dim() != 2:
+            raise ConfigError(f"anchor_attention: profile expected a tensor theta [layers, heads] in {self.profile!r}")
 
     @property
     def min_length(self) -> int:
@@ -57,7 +74,7 @@ class AnchorAttention(Method):
             return None
         grid: dict[str, Any] = dict(start=x.start, block=self.block, step=self.step, init=self.init, local=self.local)
         grid.update(scale=x.scale, softcap=x.softcap)
-        limit = anchors(x.q, x.kv, **grid) - self.theta
+        limit = anchors(x.q, x.kv, **grid) - self._theta(x, state)
         entries, many = stripes(x.q, x.kv, limit, group=self.share == "group", **grid)
         tiles, count = self._near(x.start // rows, -(-m // rows), -(-m // self.block), x.device)
         return Layout(
@@ -71,6 +88,25 @@ class AnchorAttention(Method):
             entries=entries,
             entry_count=many,
         )
+
+    def search(self, target: Target) -> Search | None:
+        """A theta per head for mass by head; for other targets one for all heads by the generic way."""
+        if not target.by_head:
+            return None
+        own_lists(self)
+        return by_head(self, target)
+
+    def _theta(self, x: AttnInput, state: State) -> float | Tensor:
+        """One for all heads, or those of this layer, fp32 `[H, 1]` on the device."""
+        if (found := of(self.id, self.profile)) is None:
+            return self.theta
+        key = f"anchor_attention.{self.profile}.{x.layer}"
+        if (held := state.run.get(key)) is None or held.device != x.device:
+            table, want = found.tensors["theta"], [x.layers, x.q.shape[1]]
+            if (have := list(table.shape)) != want:
+                raise ConfigError(f"anchor_attention: profile expected thetas [layers, heads] = {want}, got {have}")
+            held = state.run[key] = table[x.layer, :, None].to(x.device)
+        return held  # type: ignore[no-any-return]
 
     def _near(self, first: int, end: int, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Numbers of the near key blocks of the groups first..end, those after a row's own included: `[1, 1, groups, T]`."""

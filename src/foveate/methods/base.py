@@ -46,7 +46,8 @@ class Rope(Protocol):
 class LayerState(dict):  # type: ignore[type-arg]
     """A method's memory beside one layer's cache: a dict that follows the cache through its operations.
 
-    A value may handle an operation itself: `truncate(n)`, `keep(selection)`, `fork()`, `reorder(index)`. Without one,
+    A value may handle an operation itself: `truncate(n)`, `keep(selection)`, `fork()`, `reorder(index)`; before a truncate
+    `passed(step)` tells it the number of the last decode step, since it was not asked in replayed ones. Without one,
     truncate and keep drop the value (the method computes it again from the cache), fork copies it, and reorder picks
     the rows of a tensor, keeps plain values and drops the rest. Files hold tensors, and of a value the tensors that its
     `saved()` names: what is loaded has them, by those names, in its place.
@@ -54,6 +55,11 @@ class LayerState(dict):  # type: ignore[type-arg]
 
     def truncate(self, n: int) -> None:
         self._each("truncate", n)
+
+    def passed(self, step: int) -> None:
+        for value in self.values():
+            if hasattr(value, "passed"):
+                value.passed(step)
 
     def keep(self, selection: Selection) -> None:
         """The cache keeps only these entries; what refers to old entry numbers is gone."""
@@ -114,6 +120,8 @@ class AttnInput:
         rope: the model's rotation, if the adapter could supply it.
         window: the model's own sliding window in this layer, or None; the runtime applies it on top of any plan.
         backend: the kernel backend the user named, for methods that call `attend` themselves; None: the best one.
+        stored: in gated decode steps, entries of the longest row and kv head as the host counts them, where `kv.capacity`
+            may be a store's room. Gates go by it, with a graph for either side; a captured plan may not depend on it.
         note: call with a sentence worth telling the user (kept once per run).
     """
 
@@ -130,6 +138,7 @@ class AttnInput:
     rope: Rope | None = None
     window: int | None = None
     backend: str | None = None
+    stored: int | None = None
     note: Callable[[str], None] = lambda text: None
 
     @property
@@ -300,6 +309,15 @@ class Method:
         method that selects anew every R steps answers "select" and "reuse".
         """
         return None
+
+    def resumes(self, layer: int, rows: list[LayerState]) -> bool:
+        """Whether captured steps go on being right in this layer after a call of several tokens and rollbacks round it.
+
+        `rows`: `state.rows` as they are after that. What decode remembers must not outlive the call, except as memory: the
+        first step behind it, whose `phase` no other step has, makes it anew from `rows`. Graphs go anyway when a tensor has
+        moved. Replays do not tell the host, so what it counted itself may be old.
+        """
+        return False
 
     def storage(self) -> dict[str, Any]:
         """As a cache policy, how entries are stored: {"kind": a name of `cache.layer.STORAGE`, its options...}; {}: as

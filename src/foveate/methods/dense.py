@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..layout import Layout
-from .base import AttnInput, Method, State
+from .base import AttnInput, LayerState, Method, State
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class Dense(Method):
 
     def phase(self, step: int) -> str | None:
         return "step"
+
+    def resumes(self, layer: int, rows: list[LayerState]) -> bool:
+        return True
 
     def plan(self, x: AttnInput, state: State) -> Layout:
         return x.dense()

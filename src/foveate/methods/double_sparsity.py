@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import profile as profiles
 from ..errors import ConfigError
 from ..layout import Layout
-from ..scores.labels import Channels, best_tokens
+from ..scores.entries import best_entries, best_tokens
+from ..scores.labels import Channels
 from .base import AttnInput, Method, State, option
 from .double_sparsity_search import OutlierChannels
 from .search import Target
@@ -31,8 +32,8 @@ class DoubleSparsity(Method):
     Channels come from a `profile`: `foveate calibrate double_sparsity` ranks them by the statistic `channel`, mean |q|,
     |k| or |q k| over a text. Query heads of a kv head share their labels, so they share channels: |q| and |q k| are summed
     over them. Without a profile each kv head takes the channels of the largest mean |k| of the first 64 entries, after the
-    rotation: a guess, which a note tells, and which no captured step can make. The prefetch of a later layer's tokens
-    from host memory is not part of the method here.
+    rotation: a guess, which a note tells; steps are captured once every row has these 64. The prefetch of a later layer's
+    tokens from host memory is not part of the method here.
     """
 
     budget: int = option(1024, low=1)
@@ -65,7 +66,7 @@ class DoubleSparsity(Method):
         return self.budget + 1
 
     def phase(self, step: int) -> str | None:
-        return None if self.profile is None else "step"
+        return "step"
 
     def plan(self, x: AttnInput, state: State) -> Layout | None:
         if x.layer < self.dense_layers or x.kv.capacity <= self.budget:
@@ -73,11 +74,15 @@ class DoubleSparsity(Method):
         labels = state.layer.get(LABELS)
         if not isinstance(labels, Channels):
             labels = state.layer[LABELS] = Channels(self._count(x), self.bits, self._table(x))
-        labels.update(x.kv, x.step)
-        score = labels.score(x.q)
-        if x.kv.bias is not None:
-            score = score * x.scale + x.kv.bias.to(score.dtype)[:, :, None]
-        entries, count = best_tokens(score, x.kv, self.budget, group=self.share == "group")
+        group = self.share == "group"
+        if x.kv.bias is None and x.kv.pos is None:
+            entries, count = best_entries(labels.rank(x.q, x.kv, x.step, group=group), self.budget, length=x.kv.len)
+        else:
+            labels.update(x.kv, x.step)
+            score = labels.score(x.q)
+            if x.kv.bias is not None:
+                score = score * x.scale + x.kv.bias.to(score.dtype)[:, :, None]
+            entries, count = best_tokens(score, x.kv, self.budget, group=group)
         return Layout(x.shape, q_pos=x.layout_pos(), entries=entries[:, :, None], entry_count=count[:, :, None])
 
     def search(self, target: Target) -> OutlierChannels:

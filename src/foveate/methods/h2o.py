@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 
 from ..lists import compact, trim
 from ..scores.mass import column_mass
-from ..scores.window import group_reduce, window_mass
+from ..scores.observed import step_mass
+from ..scores.window import group_reduce
 from ..select import top_k
 from .base import AttnInput, LayerState, Method, Selection, State, option
 
@@ -62,8 +63,11 @@ class H2O(Method):
 
     def observe(self, x: AttnInput, out: Tensor, lse: Tensor | None, mass: Tensor | None, state: State) -> None:
         assert x.q_pos is not None
-        score = column_mass if x.phase == "prefill" else window_mass
-        got = group_reduce(score(x.q, x.kv, x.q_pos, scale=x.scale, softcap=x.softcap), x.groups, self.reduce)
+        how: dict[str, Any] = dict(scale=x.scale, softcap=x.softcap)
+        if x.phase == "prefill":
+            got = group_reduce(column_mass(x.q, x.kv, x.q_pos, **how), x.groups, self.reduce)
+        else:
+            got = step_mass(x.q, x.kv, x.q_pos, self.reduce, **how)
         rows = [state.layer] if x.phase == "prefill" else state.rows
         for row in rows:
             if _sums(row) is None:

@@ -20,9 +20,9 @@ class KIVI(Method):
     values in groups of `group` channels of one token, all but the last `residual`. The prompt attends to itself in full
     precision and is quantised when it is over (`compress_at="chunk"`: after each of its chunks, which lowers the peak).
     2 bits, the published default, are meant for models with as many kv heads as query heads; with shared kv heads take
-    4. Each group adds two numbers of the cache's own dtype, 1 bit a value for fp16 at group 32. A dense decode step reads
-    the codes themselves (one kernel on a GPU, pieces on a CPU); sparse decode methods and prompts read a dequantised copy
-    of one layer.
+    4. Each group adds two numbers of the cache's own dtype, 1 bit a value for fp16 at group 32. Dense decode steps, and
+    steps over listed pages or entries, read the codes themselves (one kernel on a GPU, pieces on a CPU); prompts, and
+    methods that score raw keys, read a dequantised copy of one layer.
     """
 
     bits: int = option(2, low=2, high=16)

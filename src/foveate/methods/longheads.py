@@ -14,15 +14,19 @@ from ..errors import ConfigError, UnsupportedError
 from ..kernels.dispatch import attend
 from ..kv import KV
 from ..layout import Layout
+from ..scores import fused
 from ..scores.chunk_keys import ChunkKeys
+from ..scores.entries import best_entries
 from ..scores.keys import BUDGET, GPU_BUDGET, pieces
 from ..scores.pooled import block_pool
 from ..scores.raw_keys import raw_queries
 from ..scores.rotation import moved
+from ..scores.turns import Turns
 from ..select import top_indices
 from .base import AttnInput, Method, Rope, State, option
 
-KEYS = "longheads.keys"
+KEYS, TURNS = "longheads.keys", "longheads.turns"
+Asked = tuple[Tensor, Tensor]  # queries before rotation, fp32 [B, H, 1, D]; chunks up to the query's own, int32 [B, 1]
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,9 @@ class LongHeads(Method):
         return self.attention + 1
 
     def phase(self, step: int) -> str | None:
-        return "step" if step else "first"
+        if step == 0:
+            return "first"
+        return "step" if step % self.chunk else "renew"
 
     def refuses(self, recipe: Any) -> str | None:
         if recipe.evicts and recipe.decode == self:
@@ -96,7 +102,7 @@ class LongHeads(Method):
         if x.kv.pos is not None:
             return None
         if x.phase == "decode":
-            return self._step(x, self._keys(x, state))
+            return self._step(x, *self._keys(x, state))
         if x.start + x.q.shape[2] <= self.attention:
             return None  # `observe` adds its chunk keys
         keys = self._row_keys(state)
@@ -115,14 +121,32 @@ class LongHeads(Method):
             held = state.layer[KEYS] = ChunkKeys(self.chunk)
         return held
 
-    def _keys(self, x: AttnInput, state: State) -> ChunkKeys:
-        """The chunk keys of all rows, this decode step included."""
+    def _keys(self, x: AttnInput, state: State) -> tuple[ChunkKeys, Asked | None]:
+        """The chunk keys of all rows, this decode step included; what its queries ask them, where kernels find it."""
         held: ChunkKeys | None = state.layer.get(KEYS)
         if x.step == 0 or held is None or held.data is None or held.size != self.chunk or len(held.data) != len(x.q):
             rows = [row.get(KEYS) for row in state.rows]
             held = state.layer[KEYS] = ChunkKeys.stack(rows, x, self.chunk)
-        held.step(x, skip=x.kv.len is None and x.kv.capacity % self.chunk != 0)
-        return held
+        # Where the host does not know whose chunk ends here, one step in `chunk` renews what ended since: a key is not asked
+        # for before the chunk after it has ended too.
+        skip = bool(x.kv.capacity % self.chunk if x.kv.len is None else x.step % self.chunk)
+        if (turns := self._turns(x, state)) is None:
+            held.step(x, skip=skip)
+            return held, None
+        kernels, asked = fused.chunks(x.q), []
+        assert kernels is not None
+        how = turns.plain(), self._ahead(x, turns), turns.partner
+        held.step(x, skip, lambda recent, at: asked.append(kernels.turn_queries(x.q, _pos(x), *how, recent, at)))
+        return held, asked[0]
+
+    def _turns(self, x: AttnInput, state: State) -> Turns | None:
+        """Rotations of this decode step that all layers share: on a GPU, where small launches are what it costs."""
+        return None if fused.votes(x.q) is None else Turns.of(x, state.step, TURNS)
+
+    def _ahead(self, x: AttnInput, turns: Turns) -> tuple[Tensor, Tensor]:
+        """Factors `[B, chunks, D]` that turn this step's queries to their place in their chunk, plus 0, 1, .. chunks."""
+        chunks = -(-x.kv.capacity // self.chunk)
+        return turns.to("chunks", lambda: torch.arange(chunks, device=x.device) * self.chunk + _pos(x) % self.chunk)
 
     def _prompt(self, x: AttnInput, keys: ChunkKeys) -> Layout:
         rope, (_, h, n, d), block = _rope(x), x.q.shape, self.block
@@ -138,12 +162,22 @@ class LongHeads(Method):
             counts.append(many)
         return self._layout(x, torch.cat(tiles, 2), torch.cat(counts, 2))
 
-    def _step(self, x: AttnInput, keys: ChunkKeys) -> Layout | None:
+    def _step(self, x: AttnInput, keys: ChunkKeys, asked: Asked | None) -> Layout | None:
         if x.kv.capacity <= self.attention:
             return None
-        own = _pos(x)[:, None] // self.chunk  # [B, 1, 1]
-        tiles, count = self._best(raw_queries(x.q, _rope(x), _pos(x)), keys, own, -(-x.kv.capacity // self.chunk), x.groups)
-        return self._layout(x, tiles, count)
+        chunks = -(-x.kv.capacity // self.chunk)
+        if asked is None:
+            own = _pos(x)[:, None] // self.chunk  # [B, 1, 1]
+            tiles, count = self._best(raw_queries(x.q, _rope(x), _pos(x)), keys, own, chunks, x.groups)
+            return self._layout(x, tiles, count)
+        query, have = asked
+        kernels = fused.votes(x.q)
+        assert kernels is not None and keys.data is not None
+        score = kernels.logits(query, keys.data[:, :, :chunks], None, scale=1.0)
+        if self.share == "group":
+            score = score.unflatten(1, (x.groups, -1)).amax(2)
+        index, count = best_entries(score, self.keep, length=have, sink=1, recent=2)
+        return self._layout(x, index[:, :, None] * self.chunk, count[:, :, None])
 
     def _best(self, q: Tensor, keys: ChunkKeys, own: Tensor, chunks: int, groups: int) -> tuple[Tensor, Tensor]:
         """First entries of the chunks that queries `[B, H, n, D]`, before rotation, of chunks `own` `[..., n]` read.
@@ -171,7 +205,10 @@ class LongHeads(Method):
         if self.positions == "text" or plan.tiles is None:
             out, lse = attend(x.q, x.kv, plan, **how)
             return out, lse, None
-        return (*(self._joined if x.phase == "decode" else self._slots)(x, plan, how), None)
+        if x.phase == "prefill":
+            return (*self._slots(x, plan, how), None)
+        turns = self._turns(x, state) if getattr(x.rope, "steady", True) else None
+        return (*(self._joined(x, plan, how) if turns is None else self._left(x, plan, turns, how)), None)
 
     def _slots(self, x: AttnInput, plan: Layout, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """A prompt: the own chunks of all rows, then the ones before them in every list, and so on, merged.
@@ -194,6 +231,20 @@ class LongHeads(Method):
             got = part if got is None else merge([got, part])
         assert got is not None
         return got[0].to(x.q.dtype), got[1]
+
+    def _left(self, x: AttnInput, plan: Layout, turns: Turns, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """`_joined` with the keys left where they are: what a rotation gives depends on distances alone, so for each chunk
+        of its list a query is turned to where it stands as seen from there, and its chunks are merged."""
+        assert plan.tiles is not None and plan.tile_count is not None
+        (b, h), keep, kernels = x.q.shape[:2], plan.tiles.shape[-1], fused.chunks(x.q)
+        assert kernels is not None
+        lists, count = plan.tiles[:, :, 0], plan.tile_count[:, :, 0]
+        q, tiles, used = kernels.place_queries(x.q, lists, count, self.chunk, self._ahead(x, turns), turns.partner)
+        layout = Layout(
+            (b, h * keep, 1, x.kv.capacity), q_pos=x.layout_pos(), tile_width=self.chunk, tiles=tiles, tile_count=used
+        )
+        out, lse = attend(q, x.kv, layout, **how)
+        return kernels.join_chunks(out, lse, keep, h // lists.shape[1])  # type: ignore[no-any-return]
 
     def _joined(self, x: AttnInput, plan: Layout, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """A decode step: the chosen chunks are gathered and rotated at their new positions."""

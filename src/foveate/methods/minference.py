@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
 from .. import profile as profiles
 from ..errors import ConfigError
-from ..layout import Layout
+from ..layout import Layout, Part, Parts
 from ..scores.pooled import block_pool, pool_keys, top_blocks
 from ..scores.probes import factored, last_queries, vote
+from ._allocation import own_lists
 from .base import AttnInput, Method, State, option
-from .minference_search import KernelAware
-from .search import Target
+from .minference_search import KernelAware, by_head
+from .search import Search, Target
 
 PATTERNS = ("vertical_slash", "a_shape", "block_sparse")
 BLOCK = 64  # query rows and keys of a tile, in all three patterns
 LEAST_DIAGONALS = 50
+PARTED = 8192  # tokens from which, on a GPU, lists of two sorts of heads run one after the other
 
 Entry = tuple[str, int, int]
 Profile = tuple[tuple[Entry, ...], ...]
@@ -40,7 +42,8 @@ class MInference(Method):
 
     `pattern` holds for all heads. `profile[layer][head]` = (pattern, a, b) overrides it and the two sizes for single
     heads: (columns, diagonals), (init, recent) or (blocks, ignored). It has an entry for every layer and query head.
-    As text it names a folder that `foveate calibrate minference` wrote, whose search is the paper's (`KernelAware`).
+    As text it names a folder that `foveate calibrate minference` wrote, whose search is the paper's (`KernelAware`): one
+    cost for all heads. Target "mass=" gives each head the cost it needs (`minference_search.by_head`).
     `share` "group" lets the query heads of a kv head vote together (by their highest score) for one list.
     Layers below `starting_layer` stay dense.
     """
@@ -89,13 +92,18 @@ class MInference(Method):
         }
         return 50_000 * budget[self.pattern] // 7096
 
-    def search(self, target: Target) -> KernelAware:
+    def search(self, target: Target) -> Search:
+        if target.by_head:
+            own_lists(self)
+            return by_head(self, target)
         return KernelAware(self, target)
 
-    def plan(self, x: AttnInput, state: State) -> Layout | None:
+    def plan(self, x: AttnInput, state: State) -> Layout | Parts | None:
         if x.layer < self.starting_layer:
             return None
         names, a, b = self._sizes(x)
+        if x.device.type == "cuda" and x.q.shape[2] >= PARTED and set(names) == {"vertical_slash", "block_sparse"}:
+            return self._parts(x, names, a, b)
         layout: Layout | None = None
         for name in PATTERNS:
             heads = [n == name for n in names]
@@ -104,6 +112,19 @@ class MInference(Method):
             mine = _BUILD[name](self, x, a, b)
             layout = mine if layout is None else Layout.by_head(torch.tensor(heads, device=x.device), mine, layout)
         return layout
+
+    def _parts(self, x: AttnInput, names: list[str], a: Sizes, b: Sizes) -> Parts:
+        """Vertical-slash and block-sparse heads apart: each sort has a fast kernel, and a layout of both has none. A head
+        has nothing in the other part, which costs that part a few instructions a tile and the sum a pass over outputs."""
+        parts = []
+        for name in ("vertical_slash", "block_sparse"):
+            mine = torch.tensor([n == name for n in names], device=x.device)
+            layout = _BUILD[name](self, x, a, b)
+            fields = ("diagonal_count", "column_count") if name == "vertical_slash" else ("tile_count",)
+            counts = {f: getattr(layout, f) for f in fields}
+            some = {f: torch.where(mine.view(-1, *[1] * (c.dim() - 2)), c, 0) for f, c in counts.items()}
+            parts.append(Part(replace(layout, **some)))
+        return Parts(tuple(parts))
 
     def _sizes(self, x: AttnInput) -> tuple[list[str], Sizes, Sizes]:
         """Pattern of each list, and its two sizes."""
@@ -127,11 +148,17 @@ class MInference(Method):
         m = x.start + x.q.shape[2]
         reduce = "max" if self.share == "group" else "none"
         probe = last_queries(x.q, x.kv, self.last_q, scale=x.scale, softcap=x.softcap, reduce=reduce)
-        columns = tuple(max(n, self.sink) for n in a)
-        diagonals = tuple(max(n, LEAST_DIAGONALS, self.local) for n in b)
+        columns = tuple(min(max(n, self.sink), m) for n in a)
+        diagonals = tuple(min(max(n, LEAST_DIAGONALS, self.local), m) for n in b)
         chosen = vote(probe, m, columns, diagonals, sink=self.sink, local=self.local)
         grid: dict[str, Any] = dict(block_q=BLOCK, tile_width=BLOCK, q_offset=x.offset(BLOCK), q_pos=x.layout_pos())
-        return factored(x.shape, chosen, **grid)
+        layout, most = factored(x.shape, chosen, **grid), 2 * (m // BLOCK + 2)
+        assert layout.diagonals is not None
+        if layout.diagonals.shape[-1] <= most:
+            return layout
+        # A run of distances is at least a tile long, so that many tiles cover all there are: a head with every distance
+        # leaves no list of a number per key to those who size their scratch by it.
+        return replace(layout, diagonals=layout.diagonals[..., :most].contiguous())
 
     def _a_shape(self, x: AttnInput, a: Sizes, b: Sizes) -> Layout:
         same = len(set(a)) == len(set(b)) == 1  # a number needs no copy to the device

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,12 +12,13 @@ from torch import Tensor
 from ..counts import block_spans, list_width, tight
 from ..errors import ConfigError
 from ..layout import Layout
-from ..lists import BUDGET, expand
+from ..lists import BUDGET, expand_at
 from ..scores.kept import Sampled
 from .base import AttnInput, State
 from .search import Found, Target
 
 if TYPE_CHECKING:
+    from ._allocation import Allocation
     from .minference import Entry, MInference
 
 LENGTH = 30_000  # tokens of the published sample, to which the sizes below belong
@@ -28,14 +31,17 @@ GRID: tuple[Entry, ...] = (
     ("block_sparse", 100, 0),
 )
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the published sizes
+FINE = (1 / 16, 1 / 8, *SCALES)  # where every head has a cost of its own
+DENSE = 1 << 24  # distances of a head that sees every key
+BLOCKS = 1.25  # price of a pair in lists of 64 rows beside diagonals: 1 / 470 TFLOP/s against 1 / 590 (h200_private)
 LEVELS = 256  # costs that are tried for the target
 TILE = 64
 
 
-def candidates(length: int) -> tuple[Entry, ...]:
+def candidates(length: int, scales: tuple[float, ...] = SCALES) -> tuple[Entry, ...]:
     """The published grid, scaled to prompts of `length` tokens and to several costs."""
     out: dict[Entry, None] = {}
-    for scale in SCALES:
+    for scale in scales:
         for name, a, b in GRID:
             one, two = (max(1, round(n * scale * length / LENGTH)) for n in (a, b))
             out[(name, one, two if b else 0)] = None
@@ -72,12 +78,10 @@ class KernelAware:
         assert x.q_pos is not None
         dense = Sampled(x.q, x.kv, x.q_pos, scale=x.scale, softcap=x.softcap, seed=x.layer)
         visible = float(x.dense().pairs(x.kv).sum()) / x.q.shape[1]
-        same = dict(last_q=self.method.last_q, sink=self.method.sink, local=self.method.local)
+        plain = MInference(last_q=self.method.last_q, sink=self.method.sink, local=self.method.local)
         for i, (name, a, b) in enumerate(candidates(self.length)):
-            sizes = {"vertical_slash": ("columns", "diagonals"), "a_shape": ("init", "recent"), "block_sparse": ("blocks",)}
-            one = MInference(pattern=name, **dict(zip(sizes[name], (a, b), strict=False)), **same)
-            layout = one.plan(x, State())
-            assert layout is not None
+            layout = _of(plain, (name, a, b)).plan(x, State())
+            assert isinstance(layout, Layout)
             recall, loss = dense.judge(layout)
             figures = torch.stack([recall.double(), loss.double(), kernel_cost(layout).double() / visible], -1)
             self.sums[x.layer, :, i] += figures.cpu()
@@ -132,6 +136,44 @@ class KernelAware:
         self.sums, self.seen, self.length = state["sums"].clone(), state["seen"].clone(), int(state["length"])
 
 
+def by_head(method: MInference, target: Target) -> Allocation:
+    """The search for a target of mass by head: the published space, to finer costs, and a head that sees everything.
+
+    A-shape is not in it: vertical-slash has first keys and nearest distances too, and a layout that mixes rules and lists
+    runs on no fast kernel.
+    """
+    from ._allocation import Allocation, Ladder
+    from .minference import PATTERNS
+
+    def settings(length: int) -> list[Entry]:
+        known = [(name, a, b) for name, a, b in candidates(length, FINE) if name != "a_shape" and max(a, b) < length]
+        return [*known, ("vertical_slash", 0, DENSE)]
+
+    def plan(x: AttnInput, entry: Entry) -> Layout:
+        got = _of(method, entry).plan(x, State())
+        assert isinstance(got, Layout)
+        return got
+
+    def found(entries: Sequence[Entry], choice: Tensor) -> Found:
+        table = torch.tensor([[PATTERNS.index(name), a, b] for name, a, b in entries])
+        table = torch.cat([table, torch.tensor([[0, method.columns, method.diagonals]])])  # -1: not shown
+        pattern, *sizes = table[choice].unbind(-1)
+        shown = choice >= 0
+        heads = {n: int((shown & (pattern == i)).sum()) for i, n in enumerate(PATTERNS)}
+        report = {"heads": heads, "dense heads": int((shown & (sizes[1] == DENSE)).sum())}
+        return Found(tensors={"pattern": pattern.contiguous(), "sizes": torch.stack(sizes, -1)}, report=report)
+
+    return Allocation(target, Ladder(method.id, settings, plan, found, lambda e: BLOCKS if e[0] == "block_sparse" else 1.0))
+
+
+def _of(method: MInference, entry: Entry) -> MInference:
+    """This method with one pattern of these sizes for all heads."""
+    name, a, b = entry
+    sizes = {"vertical_slash": ("columns", "diagonals"), "a_shape": ("init", "recent"), "block_sparse": ("blocks",)}
+    given: dict[str, Any] = dict(zip(sizes[name], (a, b), strict=False))
+    return replace(method, pattern=name, profile=None, starting_layer=0, **given)
+
+
 def choose(figures: Tensor, level: float) -> Tensor:
     """int64 `[layers, heads]`: of (recall, loss, cost) `[layers, heads, candidates, 3]` the least loss with a cost of at
     most `level`; the cheapest candidate where none is."""
@@ -146,20 +188,21 @@ def _mean(figures: Tensor, choice: Tensor) -> list[float]:
     return figures.gather(2, choice[..., None, None].expand(-1, -1, -1, 3)).mean((0, 1, 2)).tolist()  # type: ignore[no-any-return]
 
 
-def kernel_cost(layout: Layout) -> Tensor:
+def kernel_cost(layout: Layout, most: int = 0) -> Tensor:
     """int64 `[H]`: pairs a kernel computes for each head of a layout with B = 1. Lists as `Layout.computed` counts them
     (for every row whole tiles, and one key for each column that no tile of its block covers, visible or not); a rule
-    alone counts the 64 x 64 blocks it touches."""
+    alone counts the 64 x 64 blocks it touches. `most`: count that many query blocks, evenly spread, and scale up."""
     h = layout.shape[1]
     if layout.has_rule or layout.full:
         return layout.to_block_mask(TILE, TILE)[0].sum((-1, -2)) * TILE * TILE
     total = torch.zeros(h, dtype=torch.int64, device=layout.device)
     layout = tight(layout)
-    step = max(1, BUDGET // list_width(layout))
-    for lo in range(0, layout.num_blocks, step):
-        hi = min(layout.num_blocks, lo + step)
-        rows = expand(layout, lo, hi)
-        r0, r1 = block_spans(layout, torch.arange(lo, hi, device=layout.device))
+    blocks = torch.arange(layout.num_blocks, device=layout.device)
+    if 0 < most < layout.num_blocks:
+        blocks = (2 * blocks[:most] + 1) * layout.num_blocks // (2 * most)
+    for some in blocks.split(max(1, BUDGET // list_width(layout))):
+        rows = expand_at(layout, some)
+        r0, r1 = block_spans(layout, some)
         keys = (rows.stop > rows.start).sum(-1) * layout.tile_width + rows.live.sum(-1)
         total = total + (keys * (r1 - r0)).sum(-1)[0]
-    return total
+    return total * layout.num_blocks // len(blocks)

@@ -12,9 +12,11 @@ from torch.nn.functional import pad
 from ..kv import KV
 from ..layout import Layout
 from ..lists import compact
+from ..scores import fused
+from ..scores.observed import best, step_mass
 from ..scores.window import group_reduce, window_mass
 from ..select import top_k
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, LayerState, Method, State, option
 
 SEEN, HELD = "pillar_attn.seen", "pillar_attn.held"
 
@@ -33,7 +35,9 @@ class PillarAttn(Method):
 
     After a prompt no scores exist, and the first step is dense (published: the whole first cycle). With `warm` the last
     `rows` queries of any multi-token call give scores; without it calls of more than `rows` tokens count as prompts and
-    give none. `rows` None means draft + 1, the verification of a full draft.
+    give none. `rows` None means draft + 1, the verification of a full draft. From step `draft` on, which no draft reaches,
+    dense steps come at every draft + 1st, whatever was rolled back. All can be captured: a draft replays the step that makes
+    the set and the one that uses it, from one verification to the next.
     """
 
     draft: int = option(8, low=1)
@@ -59,8 +63,19 @@ class PillarAttn(Method):
         """Most queries of a pass that are looked at."""
         return self.draft + 1 if self.rows is None else self.rows
 
+    def phase(self, step: int) -> str | None:
+        """The first step of a draft makes the set, the others use it. Later a dense step falls on the first or the last
+        place of a round, by whether a pass came before."""
+        if step < self.draft:
+            return "draft" if step else "set"
+        return {0: "first", self.draft: "last"}.get(step % (self.draft + 1), "between")
+
+    def resumes(self, layer: int, rows: list[LayerState]) -> bool:
+        seen = [row.get(SEEN) for row in rows]
+        return layer < self.dense_layers or (bool(seen) and all(isinstance(s, Seen) and s.alive for s in seen))
+
     def observe(self, x: AttnInput, out: Tensor, lse: Tensor | None, mass: Tensor | None, state: State) -> None:
-        state.layer.pop(SEEN, None)
+        old = state.layer.pop(SEEN, None)
         n = x.q.shape[2]
         if x.layer < self.dense_layers or (n > self.window and not self.warm):
             return
@@ -68,42 +83,60 @@ class PillarAttn(Method):
         n = min(n, self.window)
         at = x.q_pos[:, -n:]
         score = mean_mass(x.q[:, :, -n:], x.kv, at, scale=x.scale, softcap=x.softcap)
-        state.layer[SEEN] = Seen(at[:, :1], n - 1, score=score)
+        state.layer[SEEN] = Seen(at[:, :1], n - 1, score=score).into(old)
 
     def plan(self, x: AttnInput, state: State) -> Layout | None:
         seen = [row.get(SEEN) for row in state.rows]
         for s in seen:
             if isinstance(s, Pass):
-                s.step()
+                s.step(x.step)
         if x.layer < self.dense_layers or x.kv.capacity <= self.least:
             return None
         held = state.layer.get(HELD)
-        if x.step == 0 or not isinstance(held, Held) or not held.alive:
+        if x.step == 0 or not isinstance(held, Held) or not held.alive or self._missed(held, seen):
             held = self._take(x, state, seen)
-        if held is None or held.since >= self.draft:
+        elif self._due(x.step, held):
+            held = None
+        if held is None:
             self._look(x, state)
             return None
-        held.step()
+        held.step(x.step)
         assert x.q_pos is not None
+        more = max(self.window, self.draft + 1) + self.draft  # a pass and the drafts after it
+        if x.kv.pos is None and held.above < more and (kernels := fused.kept(x.q)) is not None:  # tokens join the list
+            entries, count = kernels.extend(held.index, held.first[:, 0], x.q_pos, more, used=held.count)
+            return Layout(x.shape, entries=entries[:, :, None], entry_count=count[:, :, None])
         return Layout(
             x.shape,
             q_pos=x.layout_pos(),
             window=(x.q_pos[:, -1:] + 1 - held.first).to(torch.int32),
-            entries=held.index[:, :, None],
-            entry_count=held.count[:, :, None],
+            entries=held.index[:, :, None].clone(),  # the next set takes its memory, and others may keep this plan
+            entry_count=held.count[:, :, None].clone(),
         )
+
+    @staticmethod
+    def _missed(held: Held, seen: list[Any]) -> bool:
+        """The set was made by a replayed step, so what the host counts is the age of an earlier one: make it again."""
+        return bool(held.passes) and held.passes != [getattr(s, "name", None) for s in seen]
+
+    def _due(self, step: int, held: Held) -> bool:
+        """Whether a dense step makes the next set: by the tokens since the pass, later by the step's number alone."""
+        if step < self.draft:
+            return held.since >= self.draft
+        return step % (self.draft + 1) == held.place
 
     # ------------------------------------------------------------------ making a set
     def _take(self, x: AttnInput, state: State, seen: list[Any]) -> Held | None:
         """The set that the last multi-token call gives, one row of the batch after the other; None if a row has none."""
-        state.layer.pop(HELD, None)
         rows = [s for s in seen if isinstance(s, Seen) and s.alive and s.since <= self.draft]
         if not rows or len(rows) < len(seen):
             return None
         m = x.kv.capacity
         score = torch.cat([pad(s.score, (0, m - s.score.shape[-1])) for s in rows])  # or cut, after a rollback
         first, above, since = torch.cat([s.first for s in rows]), min(s.above for s in rows), rows[0].since
-        return self._select(x, state, score, first, above - 1, since - 1, since)  # this step is counted again
+        held = self._select(x, state, score, first, above - 1, since - 1, since)  # this step is counted again
+        held.passes = [s.name for s in rows]
+        return held
 
     def _look(self, x: AttnInput, state: State) -> None:
         """A dense step: its query's probabilities make the next set."""
@@ -118,11 +151,19 @@ class PillarAttn(Method):
         length = x.q_pos[:, -1:] + 1 - ago  # [B, 1], text positions: the recent part counts tokens, kept or not
         budget = (self.ratio * (x.kv.lengths() - ago).double() - 1e-9).ceil().long().clamp(min=self.least)
         k = (budget - (length - first)).clamp(min=0)  # [B, G]
-        free = x.kv.exists() & (x.kv.positions() < first[..., None])
-        index, count = compact(top_k(score, k, valid=free))
         most = max(self.least, int(self.ratio * x.kv.capacity) + 1)
-        held = Held(first, above, since, index=index[..., :most].contiguous(), count=count)
-        state.layer[HELD] = held
+        if x.kv.pos is None and x.kv.bias is None:  # each head takes as many of the best as it may
+            entries, rank, there = best(score, most, length=first)
+            slots, count = compact(
+                (rank < k[..., None]) & (torch.arange(rank.shape[-1], device=k.device) < there[..., None])
+            )
+            index = entries.gather(-1, slots.long())
+        else:
+            index, count = compact(top_k(score, k, valid=x.kv.exists() & (x.kv.positions() < first[..., None])))
+        place = self.draft if ago or x.step % (self.draft + 1) == self.draft else 0
+        held = Held(first.clone(), above, since, index=index[..., :most].contiguous(), count=count, place=place)
+        held.number = x.step - 1 if ago else x.step  # a set that was taken serves this very step
+        state.layer[HELD] = held = held.into(state.layer.get(HELD))
         return held
 
 
@@ -131,6 +172,8 @@ def mean_mass(q: Tensor, kv: KV, q_pos: Tensor, *, scale: float, softcap: float 
 
     q `[B, H, N, D]` at text positions q_pos int `[B, N]`. An entry no row sees has 0.
     """
+    if q.shape[2] == 1:  # it sees all there is
+        return step_mass(q, kv, q_pos, "mean", scale=scale, softcap=softcap)
     mass = group_reduce(window_mass(q, kv, q_pos, scale=scale, softcap=softcap), kv.shape[1], "mean")
     last = q_pos[:, -1:, None] + 1  # rows stand at consecutive positions
     return mass / (last - kv.positions()).clamp(1, q.shape[2])
@@ -143,16 +186,23 @@ class Pass:
     Attributes:
         first: int64 `[B, 1]`, position of its first query. above: tokens in the cache after that one.
         since: tokens appended after the pass. alive: False once a rollback has taken the first query.
+        number: the last decode step that was counted.
     """
 
     first: Tensor
     above: int
     since: int = 0
     alive: bool = True
+    number: int = -1
 
-    def step(self) -> None:
-        """One more token is in the cache."""
-        self.above, self.since = self.above + 1, self.since + 1
+    def step(self, number: int) -> None:
+        """The token of this decode step is in the cache, and those of steps before it that were replayed."""
+        more, self.number = number - self.number, number
+        self.above, self.since = self.above + more, self.since + more
+
+    def passed(self, number: int) -> None:
+        if number >= 0:  # a step came after the call of several tokens
+            self.step(number)
 
     def truncate(self, n: int) -> None:
         self.above, self.since = self.above - n, max(0, self.since - n)
@@ -164,18 +214,60 @@ class Pass:
 
 @dataclass
 class Seen(Pass):
-    """The last queries of one row's multi-token call. score: fp32 `[1, G, M]`, what they looked at."""
+    """The last queries of one row's multi-token call.
+
+    Attributes:
+        score: fp32 `[1, G, M]`, what they looked at; once kept, with room behind M, zeros, for calls to come: captured steps
+            find the next scores where these are.
+        name: of this pass, like no other's.
+    """
 
     score: Tensor = field(kw_only=True)
+    name: object = field(default_factory=object, kw_only=True)
+
+    def into(self, old: Any) -> Seen:
+        """These scores in the memory of an old pass of the same row, or in new memory with room."""
+        m, score = self.score.shape[-1], self.score
+        if isinstance(old, Seen) and old.score.shape[-1] >= m and _takes(old.score[..., :m], score):
+            first, kept = old.first, old.score
+        else:
+            first, kept = torch.empty_like(self.first), pad(score, (0, max(m // 8, 128)))
+        kept[..., :m], kept[..., m:] = score, 0
+        return replace(self, first=first.copy_(self.first), score=kept)
+
+    def fork(self) -> Seen:
+        return replace(self, first=self.first.clone(), score=self.score.clone())
 
 
 @dataclass
 class Held(Pass):
-    """The set in use. index: int32 `[B, G, C]`, entries. count: int32 `[B, G]`."""
+    """The set in use. index: int32 `[B, G, C]`, entries. count: int32 `[B, G]`. place: of a round's dense step. passes:
+    names of the passes that it was made from, a row each; none if a dense step made it."""
 
     index: Tensor = field(kw_only=True)
     count: Tensor = field(kw_only=True)
+    place: int = field(kw_only=True)
+    passes: list[object] = field(default_factory=list, kw_only=True)
+
+    def into(self, old: Any) -> Held:
+        """This set in the memory of an old one of its shape, which captured steps read, or in its own."""
+        names = ("first", "index", "count")
+        if not isinstance(old, Held) or not all(_takes(getattr(old, n), getattr(self, n)) for n in names):
+            return self
+        for name in names:
+            getattr(old, name).copy_(getattr(self, name))
+        return replace(self, first=old.first, index=old.index, count=old.count)
+
+    def fork(self) -> Held:
+        return replace(self, first=self.first.clone(), index=self.index.clone(), count=self.count.clone())
 
     def reorder(self, index: Tensor) -> None:
+        self.passes = [self.passes[i] for i in index.tolist()] if self.passes else []
         index = index.to(self.index.device)
         self.index, self.count, self.first = (t.index_select(0, index) for t in (self.index, self.count, self.first))
+
+
+def _takes(old: Tensor, new: Tensor) -> bool:
+    """Whether `new` can be written over `old`."""
+    like = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    return like and (torch.is_inference_mode_enabled() or not old.is_inference())

@@ -12,8 +12,9 @@ from torch.nn.functional import cosine_similarity, pad
 from ..errors import ConfigError
 from ..layout import NO_LIMIT, Layout
 from ..lists import compact
-from ..scores.observed import best, row_probabilities
-from ..scores.window import group_reduce, pool
+from ..scores import fused
+from ..scores.observed import best, group_probabilities
+from ..scores.window import pool
 from .base import AttnInput, Method, State, option
 
 TOKENS = "recycled_attention.tokens"
@@ -69,7 +70,7 @@ class RecycledAttention(Method):
         if self.fraction == 1 if self.budget is None else x.kv.capacity <= self.budget:
             return None
         held: Recycled | None = state.layer.get(TOKENS)
-        if held is None or held.pos.shape[0] != x.q.shape[0] or x.step == 0 or x.step < held.step:
+        if held is None or held.begin.shape[0] != x.q.shape[0] or x.step == 0 or x.step < held.step:
             state.layer[TOKENS] = self._select(x).into(held)
             return None
         if x.step % self.stride:
@@ -85,17 +86,18 @@ class RecycledAttention(Method):
     def _select(self, x: AttnInput) -> Recycled:
         """What the queries of this step look at."""
         assert x.q_pos is not None
-        prob = row_probabilities(x.q, x.kv, x.q_pos, scale=x.scale, softcap=x.softcap)
-        score = pool(group_reduce(prob, x.groups, "max"), self.kernel, "max")
-        valid = x.kv.exists()
-        have = valid.sum(-1)  # [B, G]
+        score = group_probabilities(x.q, x.kv, x.q_pos, scale=x.scale, softcap=x.softcap)
+        score = pool(score, self.kernel, "max")
+        plain = x.kv.bias is None  # the first entries exist
+        valid = None if plain else x.kv.exists()
+        have = x.kv.lengths() if valid is None else valid.sum(-1)  # [B, G]
         if self.budget is None:
             width, limit = int(x.kv.capacity * self.fraction), (have * self.fraction).long().clamp(min=1)
         else:
             width, limit = self.budget, torch.full_like(have, self.budget)
-        entries, rank, count = best(score, max(1, width), valid=valid)
+        entries, rank, count = best(score, max(1, width), valid=valid, length=have if plain else None)
         there = torch.arange(entries.shape[-1], device=x.device) < count[..., None]
-        return Recycled(entries, torch.where(there, rank, NO_LIMIT), limit, x.q_pos[:, 0].clone(), _direction(x), x.step)
+        return Recycled(entries, torch.where(there, rank, NO_LIMIT), limit, x.q_pos[:, 0] + 1, _direction(x), x.step)
 
 
 @dataclass(frozen=True)
@@ -104,21 +106,25 @@ class Recycled:
 
     Attributes:
         entries: int32 `[B, G, K]`, ascending. rank: int32 `[B, G, K]`, 0 for the best one, NO_LIMIT for padding.
-        limit: int64 `[B, G]`, the size of the set. pos: int64 `[B]`, the position of the full step's token.
+        limit: int64 `[B, G]`, the size of the set. begin: int64 `[B]`, the position after that of the full step's token.
         query: `[B, D]`, the mean of its query heads. step: the decode step of the last selection.
     """
 
     entries: Tensor
     rank: Tensor
     limit: Tensor
-    pos: Tensor
+    begin: Tensor
     query: Tensor
     step: int
 
     def layout(self, x: AttnInput, full: Tensor | None = None) -> Layout:
         """The set of this step: all tokens since the selection, and the best of the others. Rows of `full` `[B]`: all."""
         assert x.q_pos is not None
-        since = (x.q_pos[:, 0] - self.pos).clamp(min=1)[:, None]  # [B, 1]; this token included
+        if x.kv.pos is None and (kernels := fused.kept(x.q)) is not None:  # entries are positions: tokens join the list
+            entries, count = kernels.extend(self.entries, self.begin, x.q_pos, 1, rank=self.rank, limit=self.limit)
+            window = None if full is None else full[:, None].to(torch.int32) * NO_LIMIT
+            return Layout(x.shape, window=window, entries=entries[:, :, None], entry_count=count[:, :, None])
+        since = (x.q_pos[:, 0] + 1 - self.begin).clamp(min=1)[:, None]  # [B, 1]; this token included
         left = self.limit - since + 1
         window = torch.minimum(since, self.limit + 1)
         if full is not None:
@@ -161,7 +167,7 @@ class Recycled:
 
 
 def _widen(t: Tensor, wide: int, fill: int) -> Tensor:
-    return pad(t, (0, wide - t.shape[-1]), value=fill)
+    return t if t.shape[-1] == wide else pad(t, (0, wide - t.shape[-1]), value=fill)
 
 
 def _direction(x: AttnInput) -> Tensor:

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..layout import Layout
 from ..profile import of
 from ..scores.lowbit import SHARES, Grid, relative_blocks
+from ._allocation import own_lists
 from .base import AttnInput, Method, State, option
 from .search import Found, Knob, Search, Target
 
@@ -31,7 +32,8 @@ class SALE(Method):
     step: those of a tensor core fragment as published, one row ("token"), or no quantisation at all ("exact").
 
     `tau` below 1e-5 makes a head dense. `profile` names a folder with one tau per layer and head; the search for it
-    ("loss" targets) halves tau from 0.008 while the L1 error of a head is `theta` or more a row, or above the target.
+    ("loss" targets) halves tau from 0.008 while the L1 error of a head is `theta` or more a row, or above the target; that
+    for targets "mass=" gives each head the power of 1/2 it needs (`sale_search.by_head`).
     `share` "group" gives the query heads of a kv head the union of their blocks.
 
     This is the two-pass variant: the sums are not refreshed by later blocks, so a smaller tau keeps a superset. Differs
@@ -108,6 +110,12 @@ class SALE(Method):
         )
 
     def search(self, target: Target) -> Search | None:
+        """The paper's search for a "loss", a tau per head for mass by head; others go to the generic one."""
+        if target.by_head:
+            from .sale_search import by_head
+
+            own_lists(self)
+            return by_head(self, target)
         return Halving(self, target) if target.kind == "loss" else None
 
     def _same(self, x: AttnInput, tau: float) -> Tensor:

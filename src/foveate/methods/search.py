@@ -28,25 +28,32 @@ class Target:
             "density", the part of causal pairs computed, at most; "loss", relative L1 error of the attention output,
             at most.
         value: between 0 and 1.
+        by_head: of a recall target: methods with a setting per head look for the settings that hold it with the fewest
+            computed pairs in all, so that a head costs what it needs; other methods take it as a plain recall target.
     """
 
     kind: str = "recall"
     value: float = 0.95
+    by_head: bool = False
 
     @staticmethod
     def parse(text: str) -> Target:
-        """From "recall=0.95", "density=0.1" or "loss=1%"."""
+        """From "recall=0.95", "density=0.1" or "loss=1%"; "mass=0.95" is a recall target by head."""
         kind, eq, number = text.partition("=")
+        by_head = kind.strip() == "mass"
+        kind = "recall" if by_head else kind
         try:
             value = float(number.rstrip("% ")) / (100 if number.strip().endswith("%") else 1)
         except ValueError:
             value = math.nan
         if kind.strip() not in KINDS or not eq or not 0 < value <= 1:
-            raise ConfigError(f"target: expected recall=, density= or loss= with a number between 0 and 1, got {text!r}")
-        return Target(kind.strip(), value)
+            raise ConfigError(
+                f"target: expected recall=, density= or loss= (or mass=) with a number between 0 and 1, got {text!r}"
+            )
+        return Target(kind.strip(), value, by_head)
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.value:g}"
+        return f"{'mass' if self.by_head else self.kind}={self.value:g}"
 
 
 @dataclass(frozen=True)

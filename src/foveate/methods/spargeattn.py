@@ -68,10 +68,15 @@ class SpargeAttn(Method):
         return self.block_q + 1
 
     def search(self, target: Target) -> Search | None:
-        """The paper's search, for a relative L1 error ("loss"); other targets go to the generic one."""
-        from .spargeattn_search import SpargeSearch
+        """The paper's search, for a relative L1 error ("loss"), and one by head for mass; others go to the generic one."""
+        from ._allocation import own_lists
+        from .spargeattn_search import SpargeSearch, by_head
 
-        return SpargeSearch(replace(self, topk=None, profile=None), target.value) if target.kind == "loss" else None
+        plain = replace(self, topk=None, profile=None)
+        if target.by_head:
+            own_lists(self)
+            return by_head(plain, target)
+        return SpargeSearch(plain, target.value) if target.kind == "loss" else None
 
     def plan(self, x: AttnInput, state: State) -> Layout | None:
         return None if x.start + x.q.shape[2] < self.min_length else self.planned(x, *self.thresholds(x, state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from ..kernels.dispatch import attend
 from ..layout import Layout
 from .base import AttnInput
-from .search import Found
+from .search import Found, Target
 
 if TYPE_CHECKING:
+    from ._allocation import Allocation
     from .spargeattn import SpargeAttn
 
 STEP, BIN = 1 / 16, 2  # between thetas tried; thetas of a bin
@@ -120,3 +122,18 @@ class SpargeSearch:
                 self.prompts[int(layer)] = int(value)
             elif dot:
                 getattr(self, name)[int(layer)] = value.cpu()
+
+
+def by_head(method: SpargeAttn, target: Target) -> Allocation:
+    """The search for a target of mass by head: a cdf each, under the method's theta."""
+    from ._allocation import SHARES, Allocation, Ladder
+
+    def found(shares: Sequence[float], choice: Tensor) -> Found:
+        cdf = torch.tensor([*shares, 1.0], dtype=torch.float64)[choice]  # -1, not shown: dense
+        blocks = {"block_q": method.block_q, "block_k": method.block_k}
+        return Found(blocks, {"cdf": cdf, "theta": torch.full_like(cdf, method.theta)})
+
+    def plan(x: AttnInput, cdf: float) -> Layout:
+        return method.planned(x, cdf, method.theta)
+
+    return Allocation(target, Ladder(method.id, lambda length: SHARES, plan, found))

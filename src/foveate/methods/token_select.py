@@ -13,15 +13,19 @@ from ..errors import ConfigError, UnsupportedError
 from ..kernels.dispatch import attend
 from ..kv import KV
 from ..layout import Layout
+from ..scores import fused
+from ..scores.entries import best_entries
 from ..scores.keys import BUDGET, GPU_BUDGET, pieces
 from ..scores.pooled import block_pool
 from ..scores.raw_keys import RawKeys, group_logits, raw_keys, raw_queries
 from ..scores.rotation import moved
+from ..scores.turns import Turns
 from ..select import top_indices
 from .base import AttnInput, Method, Rope, State, option
 from .search import Knob
 
 KEYS, TOKENS = "token_select.keys", "token_select.tokens"
+TURNS, QUERY = "token_select.turns", "token_select.query"  # of a step: rotations of all layers, the queries of each
 
 
 @dataclass(frozen=True)
@@ -145,19 +149,25 @@ class TokenSelect(Method):
 
     def _list(self, score: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens int32 `[R, min(total, M)]`, ascending, and counts `[R]`."""
-        vote = self.votes(score, length)
-        if self.pool > 1:
-            left = (self.pool - 1) // 2
-            vote = max_pool1d(pad(vote, (left, self.pool - 1 - left)), self.pool, stride=1)
+        vote = self._pooled(self.votes(score, length))
         at = torch.arange(vote.shape[-1], device=vote.device)
         forced = (at < self.sink) | (at >= length[:, None] - self.local)
         return top_indices(vote, self.total, valid=at < length[:, None], forced=forced)
+
+    def _pooled(self, vote: Tensor) -> Tensor:
+        """Votes `[R, M]`, each the highest of its neighbours'."""
+        if self.pool == 1:
+            return vote
+        left = (self.pool - 1) // 2
+        return max_pool1d(pad(vote, (left, self.pool - 1 - left)), self.pool, stride=1)
 
     # ------------------------------------------------------------------ a decode step
     def _step(self, x: AttnInput, state: State) -> tuple[Tensor, Tensor]:
         """The list of this step: tokens `[B, total or a few more]`, counts `[B]`."""
         rope, pos = _rope(x), _pos(x)
         keys: RawKeys = state.layer.setdefault(KEYS, RawKeys())
+        if self.theta is None and (found := self._fused(x, keys, state)) is not None:
+            return found
         raw = keys.update(x)
         query = self._summary(raw_queries(x.q, rope, pos), rope)
         if self.theta is None:
@@ -174,6 +184,27 @@ class TokenSelect(Method):
             state.layer[TOKENS] = held = held.where(due, Held(tokens, count, pos[:, 0], query, x.step))
         return held.now(pos[:, 0], self.refresh, x.kv.capacity)
 
+    def _fused(self, x: AttnInput, keys: RawKeys, state: State) -> tuple[Tensor, Tensor] | None:
+        """The list of a step by kernels that read the keys once; None where there are none for it."""
+        kernels, steps = fused.votes(x.q), fused.ranked(x.q)
+        if kernels is None or steps is None or not kernels.reads(x.q, x.kv):
+            return None
+        if (turns := Turns.of(x, state.step, TURNS)) is None:
+            return None
+        raw, pos = keys.update(x, newest=False), _pos(x)
+        assert keys.data is not None
+
+        def places() -> Tensor:  # where votes are given, and the last of the list
+            return torch.cat((torch.full_like(pos, self.local), pos.clamp(max=self.total - 1)), 1)
+
+        to = turns.to("to", places)
+        voter, query = steps.turn_step(x.q, x.kv, keys.data, turns.plain(), to, turns.partner)
+        vote = kernels.votes(voter, raw, x.kv.len, lists=1, first=self.sink, tail=self.local, scale=self.temperature)
+        vote = self._pooled(vote[:, 0])[:, None]
+        tokens, count = best_entries(vote, self.total, length=x.kv.len, sink=self.sink, recent=self.local)
+        state.step[f"{QUERY} {x.layer}"] = query
+        return tokens[:, 0], count[:, 0]
+
     # ------------------------------------------------------------------ attention with positions inside the list
     def attend(self, x: AttnInput, plan: Layout, state: State) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(out, lse, None): the tokens of a list stand at 0, 1, ..., the rows at the last of these places."""
@@ -183,8 +214,19 @@ class TokenSelect(Method):
             return out, lse, None
         assert plan.entry_count is not None
         if x.phase == "decode":
+            query = state.step.pop(f"{QUERY} {x.layer}", None)
+            if query is not None and x.backend in (None, "auto", "triton") and x.scale > 0:
+                return (*self._placed(x, query, plan.entries[:, 0, 0], plan.entry_count[:, 0, 0], state), None)
             return (*self._ranked(x, x.q, _pos(x), plan.entries[:, 0, 0], plan.entry_count[:, 0, 0], how), None)
         return (*self._chunks(x, plan, how), None)
+
+    def _placed(self, x: AttnInput, query: Tensor, tokens: Tensor, count: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """`_ranked` for a step whose queries `[B, H, 1, D]` stand at the last place: keys come from before rotation."""
+        kernels, turns = fused.ranked(x.q), Turns.of(x, state.step, TURNS)
+        assert kernels is not None and turns is not None
+        raw, table = state.layer[KEYS].data, turns.asked(tokens.shape[1])
+        how = dict(scale=x.scale, softcap=x.softcap)
+        return kernels.attend(query, raw, x.kv.v, tokens, count, table, turns.partner, **how)  # type: ignore[no-any-return]
 
     def _chunks(self, x: AttnInput, plan: Layout, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """A prompt: chunks of all their rows with lists of full length as one batch, as many as memory allows, and those at

@@ -91,11 +91,15 @@ class XAttention(Method):
         )
 
     def search(self, target: Target) -> Search | None:
-        """A threshold per head for recall and density; for the loss of the output, one for all heads by the generic way."""
+        """A threshold per head for mass, recall and density; for the loss of the output, one for all by the generic way."""
         if target.kind == "loss":
             return None
-        from .xattention_search import Steps
+        from ._allocation import own_lists
+        from .xattention_search import Steps, by_head
 
+        if target.by_head:
+            own_lists(self)
+            return by_head(self, target)
         return Steps(self, target)
 
     def _keep(self, mass: Tensor, tau: float | Tensor, first: int) -> Tensor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..layout import Layout
 from ..scores.antidiagonal import block_mass
-from .base import AttnInput
+from .base import AttnInput, State
 from .search import Found, Target
 
 if TYPE_CHECKING:
+    from ._allocation import Allocation
     from .xattention import XAttention
 
 STEPS = 20  # a head's threshold is 0.9 to the power of 0..STEPS
@@ -107,6 +111,20 @@ class Steps:
 
     def resume(self, state: dict[str, Tensor]) -> None:
         self.sums, self.seen = state.get("sums"), state.get("seen")
+
+
+def by_head(method: XAttention, target: Target) -> Allocation:
+    """The search for a target of mass by head: a threshold each, by what the blocks it chooses hold and cost."""
+    from ._allocation import SHARES, Allocation, Ladder
+
+    def found(shares: Sequence[float], choice: Tensor) -> Found:
+        table = torch.tensor([*shares, method.threshold], dtype=torch.float32)[choice]  # -1: not shown
+        return Found({"stride": method.stride, "block": method.block}, {"threshold": table})
+
+    def plan(x: AttnInput, share: float) -> Layout | None:
+        return replace(method, threshold=share, profile=None).plan(x, State())
+
+    return Allocation(target, Ladder(method.id, lambda length: SHARES, plan, found))
 
 
 def _pairs(n: int, size: int, device: torch.device) -> Tensor:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..kv import KV
+from ..packed import CodedPair, PackedKV
 from ..select import top_indices
 from . import fused
+from .keys import pieces
 
 FEW = 16384  # entries of an evicted cache that are cheaper to read again than to ask about
 
@@ -143,7 +145,13 @@ class Bounds:
         """
         few = self.data is not None and 0 <= kv.capacity - self.done <= 64 * self.page
         same = (kv.len is None) == (self.len is None) and kv.pos is None and kv.kind != "ragged"
-        return fused.pages(kv.k) if few and same else None
+        if not (few and same):
+            return None
+        if not isinstance(kv, PackedKV) or kv.made or kv.packed is None:
+            return fused.pages(kv.k)
+        if isinstance(kv.packed, CodedPair):
+            return fused.codes(kv.packed.keys.tail)
+        return fused.pages(kv.packed.tail)  # which unpacks keys that lack channels
 
     def _same(self, lengths: Tensor | None) -> bool:
         if lengths is None or self.len is None:
@@ -154,7 +162,7 @@ class Bounds:
         b, g, _, d, _ = kv.shape
         if self.data is not None and self.data.shape[2] >= pages:
             return
-        new = kv.k.new_zeros(b, g, pages + max(8, pages // 8), 2 * d)
+        new = torch.zeros(b, g, pages + max(8, pages // 8), 2 * d, dtype=kv.dtype, device=kv.device)
         if self.data is not None:
             new[:, :, : self.data.shape[2]] = self.data
         self.data = new
@@ -162,8 +170,15 @@ class Bounds:
     def _fill(self, kv: KV, first: int, pages: int) -> None:
         """Pages first..pages from their keys."""
         assert self.data is not None
-        p, d = self.page, kv.k.shape[-1]
+        p, d = self.page, kv.shape[3]
         lo = first * p
+        if isinstance(kv, PackedKV) and not kv.made:
+            b, g = kv.shape[:2]
+            for i, j in pieces(pages - first, b * g * p * d):  # no more of it is unpacked at a time
+                span = slice(first + i, first + j)
+                k = self._keys(kv, torch.arange(span.start * p, span.stop * p, device=kv.device)).unflatten(2, (j - i, p))
+                self.data[:, :, span] = torch.cat([k.amax(3), k.amin(3)], -1)
+            return
         if kv.kind != "dense" or kv.len is not None:
             n = pages - first
             k = self._keys(kv, torch.arange(lo, pages * p, device=kv.device)).unflatten(2, (n, p))
@@ -190,6 +205,8 @@ class Bounds:
         """Keys `[B, G, n, D]`; beyond the last entry that one again, which changes no extreme."""
         last = (kv.lengths() - 1).clamp(min=0)[..., None]
         entries = torch.minimum(entries.to(last.dtype).expand(*last.shape[:2], -1), last)
+        if isinstance(kv, PackedKV):
+            return kv.keys_at(entries)
         if kv.kind == "dense":
             return kv.k.gather(2, entries[..., None].expand(-1, -1, -1, kv.k.shape[-1]))
         return kv.flat()[0][kv.rows(entries)]

@@ -8,6 +8,7 @@ outputs attends once more to its keys, and what comes out, a mixture of keys, st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,20 +93,26 @@ class ChunkKeys:
         self.at[:, last % (2 * size)] = last
         self.done, self.call = end, (x.start, end)
 
-    def step(self, x: AttnInput, skip: bool = False) -> None:
-        """Cover a decode step: keep its queries and renew the key of each row's newest chunk, unless `skip`: the caller
-        knows that no chunk ends here."""
+    def step(self, x: AttnInput, skip: bool = False, write: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """Cover a decode step: keep its queries and renew the key of each row's newest complete chunk, unless `skip`.
+
+        A chunk's key must be renewed while its queries are kept: within `size` steps after it ends. `write` stores the
+        step's queries and positions in `recent` and `at` in place of the plain lines.
+        """
         assert x.q_pos is not None and x.rope is not None
         self._begin(x, -(-x.kv.capacity // self.size))
         assert self.data is not None and self.recent is not None and self.at is not None
         pos, size = x.q_pos, self.size  # [B, 1]
-        slot = pos % (2 * size)
-        rotated = moved(x.q, x.rope, pos, pos % size)
-        self.recent.scatter_(2, slot[:, None, :, None].expand_as(rotated), rotated)
-        self.at.scatter_(1, slot, pos)
+        if write is None:
+            slot = pos % (2 * size)
+            rotated = moved(x.q, x.rope, pos, pos % size)
+            self.recent.scatter_(2, slot[:, None, :, None].expand_as(rotated), rotated)
+            self.at.scatter_(1, slot, pos)
+        else:
+            write(self.recent, self.at)
         if skip:
             return
-        chunk = pos // size  # [B, 1]
+        chunk = ((pos + 1) // size - 1).clamp(min=0)  # [B, 1]
         place = chunk * size + torch.arange(size, device=x.device)  # [B, size]
         there = place <= pos
         entries = torch.minimum(place, pos)

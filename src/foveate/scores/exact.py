@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -9,6 +11,8 @@ from torch.nn.functional import pad
 from ..kv import KV
 from ..lists import repeat_heads
 from ..select import top_indices
+from . import fused
+from .entries import best_entries
 from .keys import BUDGET, GPU_BUDGET, pieces, read_keys
 from .pooled import block_pool
 
@@ -38,10 +42,19 @@ def top_keys(
 
     Returns:
         int32 `[B, Hl, blocks, min(k, M)]`, ascending, padded with anything in range; counts int32 `[B, Hl, blocks]`.
-        Costs N * M * D multiply-adds a head; nothing waits for the device.
+        Costs N * M * D multiply-adds a head; nothing waits for the device. A decode step has kernels for
+        it on a GPU, which read the keys once.
     """
     (b, h, n, _), (g, m) = q.shape, kv.shape[1:3]
     r, blocks = h // g, -(-(n + offset) // block)
+    if n == 1 and (kernels := fused.votes(q)) is not None and kernels.reads(q, kv):
+        how: dict[str, Any] = dict(scale=scale, softcap=softcap)
+        if group and r > 1:
+            score = kernels.votes(q, kv.k, kv.len, q_pos, lists=g, **how)
+        else:
+            score = kernels.logits(q, kv.k, kv.len, q_pos, **how)
+        index, count = best_entries(score, k, length=q_pos + 1 if kv.len is None else kv.len)
+        return index[:, :, None], count[:, :, None]
     budget = BUDGET if q.device.type == "cpu" else GPU_BUDGET
     exists, pos = kv.exists(), kv.positions()
     # Where entries stand in the order of their positions, what a piece of rows cannot see yet need not be scored.

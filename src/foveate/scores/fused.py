@@ -65,6 +65,36 @@ def codes(t: Tensor) -> ModuleType | None:
     return _usable("quantised_append", t)
 
 
+def entries(t: Tensor) -> ModuleType | None:
+    """The kernels of the best single entries (`kernels/triton/select_entries_launch.py`), likewise; t holds scores."""
+    return _usable("select_entries_launch", t)
+
+
+def labels(t: Tensor) -> ModuleType | None:
+    """The kernels of labels and codes beside keys (`kernels/triton/labels_launch.py`), likewise."""
+    return _usable("labels_launch", t)
+
+
+def votes(t: Tensor) -> ModuleType | None:
+    """The kernels of one query a row against all keys (`kernels/triton/estimate_votes_launch.py`), likewise."""
+    return None if estimates(t) is None else _usable("estimate_votes_launch", t)
+
+
+def kept(t: Tensor) -> ModuleType | None:
+    """The kernel of lists and the tokens since (`kernels/triton/kept_lists.py`), likewise; t are queries."""
+    return None if estimates(t) is None else _usable("kept_lists", t)
+
+
+def chunks(t: Tensor) -> ModuleType | None:
+    """The kernels of chunks that are joined (`kernels/triton/chunk_steps_launch.py`), likewise."""
+    return None if estimates(t) is None else _usable("chunk_steps_launch", t)
+
+
+def ranked(t: Tensor) -> ModuleType | None:
+    """The kernels of re-assigned positions (`kernels/triton/ranked_steps_launch.py`), likewise."""
+    return None if estimates(t) is None else _usable("ranked_steps_launch", t)
+
+
 def _usable(name: str, t: Tensor) -> ModuleType | None:
     if t.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None

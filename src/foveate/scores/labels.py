@@ -8,6 +8,7 @@ Sparsity" (arXiv 2408.07092). `Codes`: two bits for each channel of the key's Ha
 from __future__ import annotations
 
 import copy
+from types import ModuleType
 from typing import Self
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 
 from ..errors import ShapeError, UnsupportedError
 from ..kv import KV
-from ..select import top_indices
+from . import fused
 from .keys import pieces
 
 SAMPLE = 64  # first entries of a row that a basis is learnt from, where no calibration gives one
@@ -50,6 +51,23 @@ class Labels:
         """The basis, from the keys `[B, G, n, D]` where `live` `[B, G, n]`."""
         raise NotImplementedError
 
+    def rank(self, q: Tensor, kv: KV, step: int, *, group: bool) -> Tensor:
+        """Cover all entries of `kv` and score them for q `[B, H, 1, D]`: `[B, H, M]`, or `[B, G, M]` with the highest of the
+        query heads of each kv head. For views in text order; see `update`. On a GPU one or two kernels do this.
+        """
+        kernels = self._kernels(q, kv)
+        if kernels is None:
+            self.update(kv, step)
+            score = self._score(q)
+            return score.amax(2) if group else score.flatten(1, 2)
+        grown = self._grown(kv, step)
+        if grown:
+            self._reserve(kv, kv.capacity)
+            self._covered(kv)
+        else:
+            self.update(kv, step)
+        return self._launch(kernels, q, kv, group, grown)
+
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.data)
@@ -70,15 +88,14 @@ class Labels:
         changed = self._settle(kv)
         if plain and self.even and self.data and not changed and self.done <= m:
             self._span(kv, self.done, m)
-        elif not plain and self.data and not changed and step > 0 and 0 <= m - self.done <= 1:
+        elif not plain and not changed and self._grown(kv, step):
             self._reserve(kv, m)
             at = newest(kv)[..., None]
             for t, new in zip(self.data, self.encode(keys_at(kv, at)), strict=True):
                 t.scatter_(2, at[..., None].expand_as(new), new)
         else:
             self._span(kv, 0, m)
-        self.done, self.even = m, plain
-        self.least = m if plain and self.least >= 0 else self.least
+        self._covered(kv)
 
     # ------------------------------------------------------------------ with the cache
     def truncate(self, n: int) -> None:
@@ -96,10 +113,38 @@ class Labels:
             self.basis = self.basis.index_select(0, index.to(self.basis.device))
 
     # ------------------------------------------------------------------ inside
+    def _score(self, q: Tensor) -> Tensor:
+        """What entries are ranked by, `[B, G, r, M]`."""
+        raise NotImplementedError
+
+    def _kernels(self, q: Tensor, kv: KV) -> ModuleType | None:
+        """The twin of `update` and `_score`, where it serves."""
+        plain = kv.pos is None and kv.bias is None and kv.kind != "ragged"
+        return fused.labels(q) if plain and kv.dtype == q.dtype else None
+
+    def _launch(self, kernels: ModuleType, q: Tensor, kv: KV, group: bool, append: bool) -> Tensor:
+        raise NotImplementedError
+
+    def _grown(self, kv: KV, step: int) -> bool:
+        """The view is that of the last call and one new entry in each row and kv head: see `update`."""
+        m, settled = kv.capacity, self.sample == 0 or self.least >= self.sample
+        if not self.data or tuple(self.data[0].shape[:2]) != kv.shape[:2] or not settled:
+            return False
+        if kv.len is None and kv.pos is None:
+            return self.even and m - self.done == 1
+        return step > 0 and 0 <= m - self.done <= 1
+
+    def _covered(self, kv: KV) -> None:
+        plain = kv.len is None and kv.pos is None
+        self.done, self.even = kv.capacity, plain
+        self.least = kv.capacity if plain and self.least >= 0 else self.least
+
     def _settle(self, kv: KV) -> bool:
         """Learn the basis while a row is shorter than the sample (one look at the device each time); True: it is new."""
         if self.sample == 0 or self.least >= self.sample:
             return False
+        if kv.k.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(f"a captured step cannot learn from keys: every row needs {self.sample} tokens before it")
         n = min(self.sample, kv.capacity)
         entries = torch.arange(n, device=kv.device).expand(*kv.shape[:2], n)
         live = entries < kv.lengths()[..., None]
@@ -168,6 +213,14 @@ class Channels(Labels):
             out.append(q.sum(-1, keepdim=True) * low + (q @ levels.transpose(-1, -2)) * step)
         return torch.cat(out, -1)
 
+    def _score(self, q: Tensor) -> Tensor:
+        return self.score(q)
+
+    def _launch(self, kernels: ModuleType, q: Tensor, kv: KV, group: bool, append: bool) -> Tensor:
+        assert self.basis is not None
+        score: Tensor = kernels.score(q, kv, self.basis, self.data, self.bits, group=group, append=append)
+        return score
+
     def _pick(self, t: Tensor) -> Tensor:
         """The channels of `[B, G, n, D]`."""
         assert self.basis is not None
@@ -214,6 +267,17 @@ class Codes(Labels):
             out.append(popcount(torch.stack([a ^ k for a, k in zip(mine, keys, strict=True)], -1).flatten(-2)).sum(-1))
         return torch.cat(out, -1).to(torch.int16)  # up to 3 D: bf16 would round it
 
+    def _score(self, q: Tensor) -> Tensor:
+        return -self.distance(q)
+
+    def _kernels(self, q: Tensor, kv: KV) -> ModuleType | None:
+        kernels = super()._kernels(q, kv)
+        return kernels if kernels is not None and kernels.serves_codes(q.shape[-1]) else None
+
+    def _launch(self, kernels: ModuleType, q: Tensor, kv: KV, group: bool, append: bool) -> Tensor:
+        near: Tensor = kernels.near(q, kv, self.data[0], self.theta, self.basis, group=group, append=append)
+        return near
+
     def _turned(self, x: Tensor) -> Tensor:
         acc = torch.promote_types(x.dtype, torch.float32)
         return x.to(acc) @ self.matrix.to(acc)
@@ -225,32 +289,7 @@ class Codes(Labels):
         return torch.cat([_words(high, self.word), _words(low, self.word)], -1)
 
 
-# ---------------------------------------------------------------------- which tokens
-def best_tokens(score: Tensor, kv: KV, keep: int, *, group: bool, recent: bool = False) -> tuple[Tensor, Tensor]:
-    """The `keep` entries of highest score, the newest one among them.
-
-    Args:
-        score: `[B, G, r, M]`, ranked as fp32; `group` ranks by the highest of the r query heads.
-        recent: equal scores go to the later entry, else to the earlier one.
-
-    Returns:
-        (int32 `[B, G or H, min(keep, M)]`, ascending, padded with anything in range; counts int32 `[B, G or H]`).
-    """
-    r, m = score.shape[2:]
-    score = score.amax(2) if group else score.flatten(1, 2)
-    number, valid = torch.arange(m, device=score.device), None
-    forced = number == m - 1
-    if not (kv.len is None and kv.pos is None and kv.bias is None):
-        valid, forced = kv.exists(), number == newest(kv)[..., None]
-        if not group and r > 1:
-            valid, forced = (t.repeat_interleave(r, 1) for t in (valid, forced))
-    if not recent:
-        return top_indices(score, keep, valid=valid, forced=forced)
-    index, count = top_indices(score.flip(-1), keep, valid=None if valid is None else valid.flip(-1), forced=forced.flip(-1))
-    used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
-    return torch.where(used, m - 1 - index, m - 1).sort(-1).values, count
-
-
+# ---------------------------------------------------------------------- entries
 def newest(kv: KV) -> Tensor:
     """int64 `[B, G]`, the entry with the highest text position; a ring writes it anywhere."""
     if kv.pos is None:
@@ -284,7 +323,7 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     acc = torch.promote_types(x.dtype, torch.float32)
     x = x.to(acc)
     low, high = x.amin(-1), x.amax(-1)
-    step = ((high - low) / (2**bits - 1)).to(small)
+    step = ((high - low) / high.new_full((), 2**bits - 1)).to(small)  # a true division: by a number, devices differ
     scale = torch.stack([low.to(small), torch.where(step > 0, step, 1)], -1)
     low, step = scale.to(acc)[..., None, :].unbind(-1)
     level = ((x - low) / step).round().clamp(0, 2**bits - 1).nan_to_num(0).to(torch.uint8)

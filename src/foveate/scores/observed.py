@@ -8,7 +8,10 @@ from torch import Tensor
 from ..kv import KV
 from ..lists import repeat_heads
 from ..select import top_indices
+from . import fused
+from .entries import best_entries
 from .keys import pieces, read_keys
+from .window import group_reduce, window_mass
 
 
 def row_logits(q: Tensor, kv: KV, q_pos: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
@@ -43,17 +46,41 @@ def row_probabilities(q: Tensor, kv: KV, q_pos: Tensor, *, scale: float, softcap
     return row_logits(q, kv, q_pos, scale=scale, softcap=softcap).softmax(-1)
 
 
-def best(score: Tensor, k: int, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def step_mass(q: Tensor, kv: KV, q_pos: Tensor, how: str, *, scale: float, softcap: float | None = None) -> Tensor:
+    """`window_mass` of a decode step's query, which sees every entry that exists, reduced over the query heads of a kv head
+    ("mean", "max" or "sum"): fp32 `[B, G, M]`. On a GPU two kernels that read the keys once."""
+    h, g = q.shape[1], kv.shape[1]
+    if (kernels := fused.votes(q)) is not None and kernels.reads(q, kv, anywhere=True):
+        mass: Tensor = kernels.votes(q, kv.k, kv.len, lists=g, most=how == "max", scale=scale, softcap=softcap)
+        return mass / (h // g) if how == "mean" and h > g else mass
+    return group_reduce(window_mass(q, kv, q_pos, scale=scale, softcap=softcap), g, how)
+
+
+def group_probabilities(q: Tensor, kv: KV, q_pos: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
+    """The highest of `row_probabilities` of the query heads of each kv head: `[B, G, M]`. Kernels as for `step_mass`."""
+    if (kernels := fused.votes(q)) is not None and kernels.reads(q, kv):
+        found: Tensor = kernels.votes(q, kv.k, kv.len, q_pos, lists=kv.shape[1], most=True, scale=scale, softcap=softcap)
+        return found
+    return group_reduce(row_probabilities(q, kv, q_pos, scale=scale, softcap=softcap), kv.shape[1], "max")
+
+
+def best(
+    score: Tensor, k: int, *, valid: Tensor | None = None, length: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The k entries of highest score and which of them is how good: what lets a list shrink from its weak end.
 
     Args:
         score: `[..., n]`. valid: bool that broadcasts to it, entries that exist. Equal scores: the lower entry is better.
+        length: int `[B, G]` in place of `valid`, for scores `[B, G, n]`: the first entries exist.
 
     Returns:
         (int32 `[..., min(k, n)]` entries ascending, padded with the row's last; int32 of that shape, the rank of each
         entry, 0 for the best, padding behind all others; counts int32 `[...]`).
     """
-    index, count = top_indices(score, k, valid=None if valid is None else valid.expand(score.shape))
+    if length is not None:
+        index, count = best_entries(score, k, length=length, recent=0)
+    else:
+        index, count = top_indices(score, k, valid=None if valid is None else valid.expand(score.shape))
     there = torch.arange(index.shape[-1], device=score.device) < count[..., None]
     order = score.gather(-1, index.long()).masked_fill(~there, float("-inf")).argsort(stable=True, dim=-1, descending=True)
     place = torch.arange(index.shape[-1], dtype=torch.int32, device=score.device).expand(index.shape)

@@ -61,8 +61,11 @@ class RawKeys:
         self.data: Tensor | None = None
         self.step = -1
 
-    def update(self, x: AttnInput) -> Tensor:
-        """Cover the view of this decode step, which must be in text order. Returns keys `[B, G, M, D]`."""
+    def update(self, x: AttnInput, newest: bool = True) -> Tensor:
+        """Cover the view of this decode step, which must be in text order. Returns keys `[B, G, M, D]`.
+
+        Without `newest` the caller writes the newest entry of each row to `data` itself.
+        """
         assert x.rope is not None and x.q_pos is not None
         m, lead = x.kv.capacity, x.kv.shape[:2]
         if self.data is None or tuple(self.data.shape[:2]) != lead or x.step == 0 or x.step != self.step + 1:
@@ -72,10 +75,11 @@ class RawKeys:
             self.data[:, :, :m] = raw_keys(x.kv, x.rope)
         else:
             self._reserve(x.kv, m)
-            newest = (x.kv.lengths() - 1).clamp(min=0)[..., None]  # [B, G, 1]
-            acc = torch.float64 if x.kv.k.dtype == torch.float64 else torch.float32
-            key = x.rope.unrotate(x.kv.gather(newest)[0].to(acc), x.q_pos).to(x.kv.k.dtype)
-            self.data.scatter_(2, newest[..., None].expand_as(key), key)
+            if newest:
+                at = (x.kv.lengths() - 1).clamp(min=0)[..., None]  # [B, G, 1]
+                acc = torch.float64 if x.kv.k.dtype == torch.float64 else torch.float32
+                key = x.rope.unrotate(x.kv.gather(at)[0].to(acc), x.q_pos).to(x.kv.k.dtype)
+                self.data.scatter_(2, at[..., None].expand_as(key), key)
         self.step = x.step
         return self.data[:, :, :m]
 

@@ -45,7 +45,7 @@ def _turned(x: Tensor, rope: Rope, turn: Callable[[Tensor, slice], Tensor], batc
     plain = x.numel() <= SMALL or (x.requires_grad and torch.is_grad_enabled())
     if not plain and (kernels := fused.turns(x)) is not None and (pairs := channels(rope, x)) is not None:
         for lo, hi in pieces(n, 24 * batch * d, GPU_BUDGET // 4):
-            own, other = _tables(turn, slice(lo, hi), batch, pairs[1])
+            own, other = pair_tables(turn, slice(lo, hi), batch, pairs[1])
             kernels.turn(x[:, :, lo:hi], own, other, pairs[0], out[:, :, lo:hi])
         return out
     for lo, hi in pieces(heads, 4 * b * n * d):  # a rotation holds about four copies
@@ -74,7 +74,7 @@ def channels(rope: Rope, x: Tensor) -> Pairs | None:
     return known[key]
 
 
-def _tables(turn: Callable[[Tensor, slice], Tensor], at: slice, batch: int, first: Tensor) -> tuple[Tensor, Tensor]:
+def pair_tables(turn: Callable[[Tensor, slice], Tensor], at: slice, batch: int, first: Tensor) -> tuple[Tensor, Tensor]:
     """What a vector, and its partners, are multiplied with at these positions: fp32 `[batch, n, D]` twice.
 
     The first channels of all pairs together, and the second ones, are turned as vectors of ones and zeros.

@@ -51,8 +51,9 @@ def generate(
 
     The model needs a recipe, applied before, whose decode method drafts: `foveate.apply(model, "pillar_attn")`. A cycle
     drafts `draft` tokens one by one, forgets their keys and values, runs them again in one dense call, and keeps those
-    that stand. Greedy tokens are those of dense attention (up to ties in floating point); sampled ones have its
-    distribution. Rows of a batch advance together, by what the worst of them accepted.
+    that stand. Under a recipe applied with `graphs=True` drafted steps are replayed as CUDA graphs from one cycle to the
+    next; the verification runs as it is. Greedy tokens are those of dense attention (up to ties in floating point); sampled
+    ones have its distribution. Rows of a batch advance together, by what the worst of them accepted.
 
     Works as `model.generate(ids, custom_generate=foveate.speculate.generate, ...)` and, with the same options, as
     `foveate.speculate.generate(model, ids, ...)`.
@@ -115,6 +116,7 @@ class Loop:
         self.pad = pad[0] if isinstance(pad, (list, tuple)) else pad
         self.cache: Any = None
         self.mask: Tensor | None = None
+        self.pads: Tensor | None = None  # int64 [B, 1], padding of each row, once the mask is behind
 
     def run(self, ids: Tensor, stop: StoppingCriteriaList, cache: Any, mask: Tensor | None) -> tuple[Tensor, Any]:
         """(`[B, n]` all tokens, the cache of all but the last)."""
@@ -202,8 +204,12 @@ class Loop:
         """Logits `[B, keep, V]` of the last tokens of ids, after running those that are not cached yet."""
         old, (b, n) = self.cached, ids.shape
         mask = self.mask
-        if mask is None:
+        if mask is None or old >= mask.shape[1]:  # what is new is real, which the mask would say by a look at the device
+            if mask is not None:
+                self.pads = (mask == 0).sum(-1, keepdim=True) if self.pads is None else self.pads
+                mask = None
             at = torch.arange(old, n, device=ids.device).expand(b, -1)
+            at = at if self.pads is None else (at - self.pads).clamp(min=0)
         else:
             mask = torch.cat([mask, mask.new_ones(b, n - mask.shape[1])], 1) if n > mask.shape[1] else mask[:, :n]
             at = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, old:]

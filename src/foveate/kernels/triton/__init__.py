@@ -1,11 +1,12 @@
 """Layouts on one portable Triton kernel: prefill and decode, dense, paged and ragged storage, any part of a layout.
 
-The kernel (`walk.attend`) reads lists as they are: tiles of any width, single entries, diagonals expanded in the
-kernel. Columns beside diagonals are compacted per query block first, in pieces of at most `SCRATCH` bytes. When a call
-has too few tiles of query rows to fill the device (decode), several programs share one tile's keys and a second kernel
-reduces them. Nothing waits for the device. Query heads that share their lists share a tile, so that K and V are read
-once per kv head. One query a row over nothing but tiles (Quest and its kin) takes a shorter way: `paging.py`. Lists of
-tiles for every single one of many query rows (NSA and its kin) have kernels of their own: `tokens.py`.
+The kernel (`walk.attend`) reads lists as they are: tiles of any width, single entries, diagonals expanded in the kernel.
+Columns beside diagonals are compacted per query block first, in pieces of at most `SCRATCH` bytes. When a call has too
+few tiles of query rows to fill the device (decode), several programs share one tile's keys and a second kernel reduces
+them. Nothing waits for the device. Query heads that share their lists share a tile, so that K and V are read once per kv
+head. Three kinds of calls take shorter ways: one query a row over nothing but tiles (Quest and its kin) `paging.py`, one
+query a row over everything where that is much `dense_decode.py`, and lists of tiles for every single one of many query
+rows (NSA and its kin) `tokens.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from ...kv import KV
 from ...layout import RULE_FIELDS, Layout
 from ..base import Want
-from . import paging_launch, tokens, walk
+from . import dense_decode_launch, paging_launch, tokens, walk
 from .config import config, device, rows_limit
 
 NAME = "triton"
@@ -61,6 +62,8 @@ def forward(
     _, g, m, _, dv = kv.shape
     if scale < 0:  # the kernel scales the maximum of a row, which needs a scale above 0
         q, scale = -q, -scale
+    if dense_decode_launch.why_not(q, kv, layout) is None:
+        return *dense_decode_launch.attend(q, kv, layout, scale, softcap, want.lse), None
     if paging_launch.serves(q, kv, layout, softcap):
         return *paging_launch.attend(q, kv, layout, scale, want.lse), None
     if tokens.serves(q, kv, layout, softcap):

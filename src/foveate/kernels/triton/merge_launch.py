@@ -18,8 +18,10 @@ def why_not(parts: Sequence[tuple[Tensor, Tensor]]) -> str | None:
     if not 2 <= len(parts) <= MOST:
         return f"{len(parts)} parts, 2 to {MOST} in one launch"
     first = parts[0][0]
-    if first.dim() != 4 or any(out.dtype != first.dtype for out, _ in parts):
+    if first.dim() != 4 or any(out.dtype != first.dtype or out.shape != first.shape for out, _ in parts):
         return "outputs of other shapes or dtypes"
+    if any(lse.shape != first.shape[:3] for _, lse in parts):
+        return "log-sum-exps of another shape than their outputs'"
     if any(lse.dtype != torch.float32 for _, lse in parts):
         return "log-sum-exps that are not fp32"
     if torch.is_grad_enabled() and any(t.requires_grad for part in parts for t in part):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arrivals import leave, merge
 from .walk import BIG, FLOOR, LN2, _fold, _offsets, _product, _read
 
 NEWEST = tl.constexpr(0xFFFFFFFF)  # above the ordered bits of every float
@@ -208,21 +209,22 @@ def select_pages(
 
 @triton.jit(do_not_specialize=["capacity"])
 def attend_tiles(
-    q, k, v, out, lse, tiles, tile_count, length, table,
+    q, k, v, out, lse, part, part_lse, arrived, tiles, tile_count, length, table,
     scale, capacity,
     units, kv_heads, lists, tiles_sb, tiles_n,
     q_sb, q_sh, k_s0, k_sg, k_sm, v_s0, v_sg, v_sm, table_width,
     WIDTH: tl.constexpr,  # keys of a tile
     KEYS: tl.constexpr,  # keys of a step
-    PACK: tl.constexpr, TILE: tl.constexpr,  # query heads that share the tile; rounded up to a power of two, at least 16
+    PACK: tl.constexpr, PACK_PAD: tl.constexpr, TILE: tl.constexpr,  # heads that share the tile; a power of two; at least 16
     PAGE: tl.constexpr,  # keys of a storage page, 0 for dense storage
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    FP32: tl.constexpr, SPLITS: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr,
+    FP32: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One query a row over its listed tiles. grid: (SPLITS, B * units), a unit being PACK query heads of one list.
 
-    tiles int32 `[B|1, lists, tiles_n]`, ascending; a tile stops where the next one starts. out `[B, H, SPLITS, DV]` and lse
-    `[B, H, SPLITS]` (natural log) are partial results when SPLITS > 1; `walk.reduce_splits` merges them.
+    tiles int32 `[B|1, lists, tiles_n]`, ascending; a tile stops where the next one starts. out `[B, H, DV]`, lse `[B, H]`
+    (natural log). SPLITS > 1: part `[B * units * SPLITS, PACK, DV]`, part_lse and the counters `arrived` `[B * units]` are
+    those of `arrivals.py`; programs beyond a list's last step have no part in it.
     """
     split = tl.program_id(0)
     b = tl.program_id(1) // units
@@ -251,7 +253,7 @@ def attend_tiles(
     l = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, DV_PAD], tl.float32)
     steps = tl.cdiv(used * WIDTH, KEYS)
-    share = tl.cdiv(steps, SPLITS)
+    share = tl.maximum(tl.cdiv(steps, SPLITS), 1)
     for t in tl.range(split * share, tl.minimum(steps, (split + 1) * share), num_stages=STAGES):
         flat = t * KEYS + i
         which = flat // WIDTH
@@ -264,11 +266,21 @@ def attend_tiles(
         vt = _read(v, v_off, ok, dv, DV, DV_PAD, True)
         s = tl.where(ok[None, :], _product(qt, kt, FP32), float("-inf"))
         m, l, acc = _fold(s, vt, m, l, acc, scale, True, FP32)
-    some = l > 0
-    acc = acc / tl.where(some, l, 1.0)[:, None]
-    at = ((b * units + unit).to(tl.int64) * PACK + r) * SPLITS + split
-    tl.store(
-        out + at[:, None] * DV + dv[None, :], acc.to(out.dtype.element_ty), mask=(r < PACK)[:, None] & (dv[None, :] < DV)
-    )
-    if LSE:
-        tl.store(lse + at, tl.where(some, (m + tl.log2(tl.where(some, l, 1.0))) * LN2, float("-inf")), mask=r < PACK)
+    spot = tl.program_id(1)
+    if SPLITS > 1:
+        parts = tl.maximum(tl.cdiv(steps, share), 1)
+        if split < parts:  # noqa: SIM102  (`and` would leave a part before it asks)
+            if leave(part, part_lse, spot * SPLITS + split, arrived + spot, parts, acc, m, l, r, dv, PACK, DV):
+                merge(
+                    part, part_lse, spot * SPLITS, parts, arrived + spot, out, lse, spot * PACK, PACK, PACK_PAD, DV, DV_PAD,
+                    CHUNK, 1, LSE,
+                )  # fmt: skip
+    else:
+        some = l > 0
+        acc = acc / tl.where(some, l, 1.0)[:, None]
+        at = spot.to(tl.int64) * PACK + r
+        live = (r < PACK)[:, None] & (dv[None, :] < DV)
+        tl.store(out + at[:, None] * DV + dv[None, :], acc.to(out.dtype.element_ty), mask=live)
+        if LSE:
+            y = tl.where(some, (m + tl.log2(tl.where(some, l, 1.0))) * LN2, float("-inf"))
+            tl.store(lse + at, y, mask=r < PACK)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kv import KV
 from ...layout import Layout
 from . import append as append_kernel
-from . import paging, walk
+from . import arrivals, paging
 from .config import config, device
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read when the kernels were decorated, as Triton does
@@ -148,62 +148,66 @@ def select(scores: Tensor, keep: int, width: int, length: Tensor | None) -> tupl
 
 # ---------------------------------------------------------------------- attention
 def serves(q: Tensor, kv: KV, layout: Layout, softcap: float) -> bool:
-    """Whether `attend` computes this call: one query a row over tiles of 16, 32, .. keys and nothing else."""
-    x, width = layout, layout.tile_width
+    """Whether `attend` computes this call: one query a row over tiles of 16, 32, .. keys, or single entries, and no more."""
+    x, (tiles, _, width) = layout, listed(layout)
     return (
         q.shape[2] == 1
-        and x.tiles is not None
+        and tiles is not None
+        and (x.tiles is None or x.entries is None)
         and x.block_q == 1
-        and width >= 16
+        and (width >= 16 or x.tiles is None)
         and width & (width - 1) == 0
         and softcap == 0
         and kv.kind != "ragged"
         and kv.bias is None
         and kv.pos is None
         and x.q_pos is None
-        and x.entries is None
         and x.diagonals is None
         and x.columns is None
         and not x.has_rule
-        and x.tiles.shape[-1] > 0
-        and (x.tiles.shape[1] % kv.shape[1] == 0 or kv.shape[1] % x.tiles.shape[1] == 0)
+        and tiles.shape[-1] > 0
+        and (tiles.shape[1] % kv.shape[1] == 0 or kv.shape[1] % tiles.shape[1] == 0)
     )
+
+
+def listed(layout: Layout) -> tuple[Tensor | None, Tensor | None, int]:
+    """(tiles, their counts, their width) of a layout with tiles or single entries, which are tiles of one key."""
+    if layout.tiles is None:
+        return layout.entries, layout.entry_count, 1
+    return layout.tiles, layout.tile_count, layout.tile_width
 
 
 def attend(q: Tensor, kv: KV, layout: Layout, scale: float, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out `[B, H, 1, Dv]` and lse `[B, H, 1]` or None, for a call that `serves` accepts and a scale above 0."""
     b, h, _, d = q.shape
     _, g, m, _, dv = kv.shape
-    tiles, count = layout.tiles, layout.tile_count
+    tiles, count, width = listed(layout)
     assert tiles is not None and count is not None
     lists, n = tiles.shape[1], tiles.shape[-1]
     units = max(lists, g)
     index = q.device.index if q.device.type == "cuda" else None
     splits, keys, warps, stages, tile = _plan(
-        index, b * units, n * layout.tile_width, h // units, d, dv, q.element_size(), kv.kind == "paged"
+        index, b * units, n * width, h // units, d, dv, q.element_size(), kv.kind == "paged"
     )
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, kv.k, kv.v))
     k_s0, k_sg, k_sm, page, per = _storage(k, kv)
     v_s0, v_sg, v_sm, _, _ = _storage(v, kv)
     out = torch.empty(b, h, 1, dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device) if want_lse else None
-    part, part_lse = out, lse
+    part = part_lse = arrived = None
     if splits > 1:
-        both = torch.empty(b * h * splits * (dv + 1), dtype=torch.float32, device=q.device)
-        part, part_lse = both, both[b * h * splits * dv :]
+        part = torch.empty(b * h * splits * (dv + 1), dtype=torch.float32, device=q.device)
+        part_lse, arrived = part[b * h * splits * dv :], arrivals.counters(b * units, part)
+    pack = triton.next_power_of_2(h // units)
     paging.attend_tiles[(splits, b * units)](
-        q, k, v, part, part_lse, _tight(tiles), _tight(count), _tight(kv.len), _tight(kv.table),
+        q, k, v, out, lse, part, part_lse, arrived, _tight(tiles), _tight(count), _tight(kv.len), _tight(kv.table),
         max(scale, 1e-30) * math.log2(math.e), m,
         units, g, lists, lists if tiles.shape[0] > 1 else 0, n,
         q.stride(0), q.stride(1), k_s0, k_sg, k_sm, v_s0, v_sg, v_sm, per,
-        WIDTH=layout.tile_width, KEYS=keys, PACK=h // units, TILE=tile, PAGE=page,
+        WIDTH=width, KEYS=keys, PACK=h // units, PACK_PAD=pack, TILE=tile, PAGE=page,
         D=d, D_PAD=_pad(d), DV=dv, DV_PAD=_pad(dv), FP32=q.dtype == torch.float32, SPLITS=splits,
-        LSE=want_lse or splits > 1, STAGES=stages, num_warps=warps, num_stages=stages,
+        CHUNK=arrivals.chunk(pack, _pad(dv), warps), LSE=want_lse, STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    if splits > 1:
-        walk.reduce_splits[(b * h,)](
-            part, part_lse, out, lse, splits, triton.next_power_of_2(splits), dv, _pad(dv), want_lse, num_warps=4
-        )
     return out, lse
 
 

@@ -34,8 +34,9 @@ def _coded(
     KEYS: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     TOKENS: tl.constexpr,  # groups are of tokens, else of channels
     ALIGNED: tl.constexpr,  # the first of the keys is a multiple of KEYS
+    RUN: tl.constexpr = False,  # they are neighbours, ok or not, at least 0
 ):  # fmt: skip
-    """Coded entries `key` `[KEYS]`, neighbours, as `[KEYS, channels c]` in the dtype of `like`.
+    """Coded entries `key` `[KEYS]` as `[KEYS, channels c]` in the dtype of `like`. ALIGNED ones are neighbours.
 
     Where not ok it holds anything finite. Numbers of one row and kv head are counted in 31 bits, see `serves`.
     """
@@ -47,6 +48,19 @@ def _coded(
         spot = tl.min(key) // GROUP * D + c
         y = x * tl.load(scale + spot, mask=c_ok, other=0.0).to(tl.float32)[None, :]
         y += tl.load(low + spot, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    elif TOKENS and RUN and GROUP >= KEYS:  # two groups at most
+        group = key // GROUP
+        lower = tl.min(group)
+        upper = tl.max(tl.where(ok, group, -1))
+        here = (group == lower)[:, None]
+        spot = lower * D + c
+        some = c_ok & (c < tl.where(upper >= lower, D, 0))
+        s = tl.load(scale + spot, mask=some, other=0.0).to(tl.float32)[None, :]
+        l = tl.load(low + spot, mask=some, other=0.0).to(tl.float32)[None, :]
+        some = c_ok & (c < tl.where(upper > lower, D, 0))
+        s = tl.where(here, s, tl.load(scale + spot + D, mask=some, other=0.0).to(tl.float32)[None, :])
+        l = tl.where(here, l, tl.load(low + spot + D, mask=some, other=0.0).to(tl.float32)[None, :])
+        y = x * s + l
     elif not TOKENS:
         tl.static_assert(N <= FEW)
         s = tl.zeros_like(x)

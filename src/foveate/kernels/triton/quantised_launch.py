@@ -54,11 +54,9 @@ def attend(
     if splits > 1:
         both = torch.empty(b * h * splits * (dv + 1), dtype=torch.float32, device=q.device)
         part, part_lse = both, both[b * h * splits * dv :]
-    sides = [(x, [t.contiguous() for t in (x.codes, x.scale, x.low, x.tail)]) for x in (keys, values)]
-    numbers = [(x.codes.shape[2], x.scale.shape[2], x.tail.shape[2], x.ring) for x, _ in sides]
-    shapes = [(x.bits, x.group, w := x.codes.shape[3], triton.next_power_of_2(max(16 * x.bits // 8, w))) for x, _ in sides]
+    sides, numbers, shapes = described(packed)
     quantised_decode.attend_codes[(splits, b * g)](
-        q, part, part_lse, *sides[0][1], *sides[1][1],
+        q, part, part_lse, *sides[0], *sides[1],
         keys.done, values.done, length.contiguous(), None if bias is None else bias.contiguous(),
         max(scale, 1e-30) * math.log2(math.e), m, g, q.stride(0), q.stride(1), *numbers[0], *numbers[1],
         *shapes[0], d, *shapes[1], dv,
@@ -70,3 +68,15 @@ def attend(
             part, part_lse, out, lse, splits, triton.next_power_of_2(splits), dv, _pad(dv), want_lse, num_warps=4
         )
     return out, lse
+
+
+def described(
+    packed: CodedPair,
+) -> tuple[list[list[Tensor]], list[tuple[int, int, int, int]], list[tuple[int, int, int, int]]]:
+    """Of keys and of values: (tensors, slots of a kv head, (bits, group, bytes of an entry, the same padded))."""
+    both = (packed.keys, packed.values)
+    sides = [[t.contiguous() for t in (x.codes, x.scale, x.low, x.tail)] for x in both]
+    numbers = [(x.codes.shape[2], x.scale.shape[2], x.tail.shape[2], x.ring) for x in both]
+    padded = [int(triton.next_power_of_2(max(16 * x.bits // 8, x.codes.shape[3]))) for x in both]
+    shapes = [(x.bits, x.group, x.codes.shape[3], n) for x, n in zip(both, padded, strict=True)]
+    return sides, numbers, shapes

@@ -25,6 +25,8 @@ from .config import device
 from .inverse import InverseLists
 from .tokens_lists import TokenLists
 
+KEYS = 64  # most keys of a program of dk and dv
+
 
 @dataclass(frozen=True)
 class Config:
@@ -115,8 +117,10 @@ class Work:
         shared, _ = device(self.q.device.index if self.q.device.type == "cuda" else None)
         both = tokens._pad(self.q.shape[-1]) + tokens._pad(self.v.shape[-1])
         block, knobs = self.layout.tile_width * both, self.front.knobs
+        keys, rows = min(KEYS, self.layout.tile_width), max(WIDE.rows, self.front.group)
         return replace(
             WIDE,
+            stages=tokens.fitting(shared // 2, WIDE.stages, keys * both, rows * both),  # two programs beside each other
             dq_stages=tokens.fitting(shared, WIDE.dq_stages, block, knobs.rows * both),
             walk_stages=tokens.fitting(shared, WIDE.walk_stages, knobs.tile * both, block),
         )
@@ -174,7 +178,7 @@ class Work:
     def inverse(self) -> InverseLists:
         """The inverse lists of all tokens; they depend on the layout alone."""
         _, cores = device(self.q.device.index if self.q.device.type == "cuda" else None)
-        return inverse.build(self.layout, self.k.shape[1], min(64, self.layout.tile_width), cores, self.q.device)
+        return inverse.build(self.layout, self.k.shape[1], min(KEYS, self.layout.tile_width), cores, self.q.device)
 
     def keys(self, lists: InverseLists) -> tuple[Tensor, Tensor]:
         """dk and dv."""

@@ -159,6 +159,23 @@ def dq_walk_kernel(
 
 
 @triton.jit
+def _words(ids, at, end, r, head, SHARE, HEADS: tl.constexpr):
+    """Words of list entries from `at` on for rows r of a step, heads of an entry beside each other; 0 behind the end."""
+    return tl.load(ids + at + r // HEADS, mask=(at + r // HEADS < end) & (head < SHARE), other=0)
+
+
+@triton.jit
+def _rows(q, dout, lse2, delta, at, ok, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr):
+    """q `[ROWS, D_PAD]`, dout `[ROWS, DV_PAD]`, lse2 and delta `[ROWS]` of rows `at`."""
+    d = tl.arange(0, D_PAD)
+    e = tl.arange(0, DV_PAD)
+    qt = tl.load(q + (at * D)[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+    do = tl.load(dout + (at * DV)[:, None] + e[None, :], mask=ok[:, None] & (e < DV)[None, :], other=0.0)
+    s2 = tl.load(lse2 + at, mask=ok, other=float("inf"))
+    return qt, do, s2, tl.load(delta + at, mask=ok, other=0.0)
+
+
+@triton.jit
 def dkdv_rows_kernel(
     q, k, v, dout, lse2, delta, dk, dv, part, tiles, count, ids, offset, counts, cuts, items, plan,
     scale, LISTS, SHARE, G, H, HL, N, M, NK, max_items, sb, st, sq, cb, ch, cq,
@@ -168,7 +185,8 @@ def dkdv_rows_kernel(
 ):  # fmt: skip
     """dk and dv of KEYS keys, or of one item of them: `backward_kernels.dkdv_kernel` for rows that are gathered one by one.
 
-    LISTS: lists of a kv head. grid: (max_items + B * G * NK,).
+    LISTS: lists of a kv head. grid: (max_items + B * G * NK,). List words are loaded a step ahead by hand: within the loop
+    they would take one of Triton's stages, and rows would be asked for only behind the step before.
     """
     STEP: tl.constexpr = ROWS // HEADS
     pid = tl.program_id(0)
@@ -207,16 +225,12 @@ def dkdv_rows_kernel(
     acc_v = tl.zeros([KEYS, DV_PAD], tl.float32)
     r = tl.arange(0, ROWS)
     head = r % HEADS
+    word = _words(ids, begin, whole, r, head, SHARE, HEADS)
     for c in tl.range(begin, whole, STEP, num_stages=STAGES):
-        entry = c + r // HEADS
-        ok = (entry < whole) & (head < SHARE)
-        word = tl.load(ids + entry, mask=ok, other=0)
+        ok = (c + r // HEADS < whole) & (head < SHARE)
         token = word & MASK
         at = ((word >> BITS) * SHARE + head) * N + token  # 32 bits hold the rows of one kv head
-        qt = tl.load(q + (at * D)[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
-        do = tl.load(dout + (at * DV)[:, None] + e[None, :], mask=ok[:, None] & (e < DV)[None, :], other=0.0)
-        s2 = tl.load(lse2 + at, mask=ok, other=float("inf"))
-        t = tl.load(delta + at, mask=ok, other=0.0)
+        qt, do, s2, t = _rows(q, dout, lse2, delta, at, ok, D, D_PAD, DV, DV_PAD)
         seen = ok_key[:, None]
         if CAUSAL:
             seen = seen & (key[:, None] <= (M - N + token)[None, :])
@@ -226,19 +240,17 @@ def dkdv_rows_kernel(
         acc_v = _dot(p, do, acc_v, FP32)
         # The derivative is cut as well: a key that no row sees may hold NaN.
         acc_k = _dot(tl.where(seen, p * (dp - t[None, :]), 0.0), qt, acc_k, FP32)
+        word = _words(ids, c + STEP, whole, r, head, SHARE, HEADS)
     for c in range(whole, end):  # a part of the block is named: one token at a time, under its own bounds
-        word = tl.load(ids + c)
-        token = word & MASK
-        list_head = (head0 + (word >> BITS) * SHARE) * HL // H
+        one = tl.load(ids + c)
+        token = one & MASK
+        list_head = (head0 + (one >> BITS) * SHARE) * HL // H
         n = tl.load(count + b * cb + list_head * ch + token * cq)
         line = tiles + b * sb + list_head * st + token.to(tl.int64) * sq
         stop, after = _reach(line, n, key0, WIDTH, T_PAD)
         ok = r < SHARE
-        at = ((word >> BITS) * SHARE + r) * N + token
-        qt = tl.load(q + (at * D)[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
-        do = tl.load(dout + (at * DV)[:, None] + e[None, :], mask=ok[:, None] & (e < DV)[None, :], other=0.0)
-        s2 = tl.load(lse2 + at, mask=ok, other=float("inf"))
-        t = tl.load(delta + at, mask=ok, other=0.0)
+        at = ((one >> BITS) * SHARE + r) * N + token
+        qt, do, s2, t = _rows(q, dout, lse2, delta, at, ok, D, D_PAD, DV, DV_PAD)
         seen = (ok_key & ((key < stop) | (key >= after)))[:, None]
         if CAUSAL:
             seen = seen & (key[:, None] <= M - N + token)
