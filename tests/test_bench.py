@@ -187,7 +187,12 @@ def test_the_prefill_benchmark_measures_what_it_can_and_goes_on(tmp_path):
         again = prefill_run.run([300], [*recipes[:1], "dense"], **few)
         assert [r for r in again["rows"] if r["impl"] == recipes[0]] == [window]
         assert {r["impl"]: r for r in again["rows"]}["dense"]["params"]["mass"] == pytest.approx(1, abs=1e-4)
-    assert f"| `{recipes[0]}` | {window['params']['mass']:.3f} |" in prefill_table(again)
+    table = prefill_table(again)
+    assert f"| `{recipes[0]}` | {window['params']['mass']:.3f} |" in table
+    kind = window["params"]["kinds"]["diagonal"]  # heads 2 and 3 of 4: the second half of the kv heads has diagonals first
+    assert set(window["params"]["kinds"]) == {"peaked", "diagonal"} and kind["mass"] < window["params"]["mass"] + 0.3
+    assert kind["density"] == pytest.approx(window["density"], abs=1e-3) and f"{kind['mass']:.3f} of " in table
+    assert "| an oracle, units of 128 x 128 | 0.950 of " in table
     assert results.load(tmp_path / "p.json")["rows"] == again["rows"]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .. import registry
 from ..doctor import device_name
 from ..errors import ConfigError
 from ..methods.base import Method
@@ -32,10 +33,14 @@ from .results import Row
 BENCH = "breakeven"
 PHASES = ("prefill", "decode")
 LENGTHS = {"cuda": tuple(2**i for i in range(11, 18)), "cpu": (512, 1024, 2048, 4096)}
-RECIPES = (
-    "minference", "flexprefill", "xattention", "spargeattn", "anchor_attention", "quest", "quest:share=group",
-    "tidal_decode", "adamas",
+# Every decode method that needs no profile and works on the device: in 128K tokens none may be slower than dense but those
+# that read all keys by their nature (topk_exact; token_select at best 1.6 times faster, see benchmarks/NOTES.md).
+DECODE = (
+    "quest", "quest:share=group", "quest:page=64,share=group", "decode=lserve:assign=even", "tidal_decode", "adamas",
+    "double_sparsity", "decode=token_select", "decode=longheads", "recycled_attention", "pillar_attn",
+    "decode=streaming_llm", "decode=s2_strided", "decode=topk_exact",
 )  # fmt: skip
+RECIPES = ("minference", "flexprefill", "xattention", "spargeattn", "anchor_attention", *DECODE)
 LEAST, MOST, SLOW = 0.2, 30, 20.0  # seconds a method is measured at least; rounds at most; seconds before it is cut short
 Progress = Callable[[str, float], None]
 
@@ -283,13 +288,13 @@ def breakevens(data: dict[str, Any]) -> list[BreakEven]:
 
 
 def entries(data: dict[str, Any]) -> Table:
-    """A result as a table of `payoff`."""
+    """A result as a table of `payoff`, methods named as they describe themselves today: the file may know fewer options."""
     s = data["shape"]
     about = dict(shape=f"{s['h']}/{s['g']} heads of {s['d']}, batch {s['b']}, {s['dtype']}", commit=data["commit"])
     methods: dict[str, dict[str, dict[str, Any]]] = {}
     for b in breakevens(data):
         entry = dict(length=b.length, shortest=min(b.speedups), longest=max(b.speedups), date=data["date"][:10])
-        methods.setdefault(b.method, {})[b.phase] = entry | about
+        methods.setdefault(registry.parse(b.method).describe(), {})[b.phase] = entry | about
     return {data["device"]: methods}
 
 

@@ -101,6 +101,23 @@ class Turn:
         return self._turn(x, pos, -1.0)
 
 
+def kind_of(i: int, h: int, g: int) -> str:
+    """Which of `KINDS` query head i of h is, with g kv heads: the same in every draw."""
+    return KINDS[i * g // h * len(KINDS) // g]
+
+
+def prompt(n: int, h: int, g: int, d: int, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> AttnInput:
+    """The prefill of a prompt of n made tokens (see `made`), as a method sees it."""
+    q, k, v = (t.to(dtype) for t in made(n, h, g, d, seed=seed, device=device))
+    pos = torch.arange(n, device=device)[None]
+    return AttnInput(q, KV.dense(k, v), "prefill", LAYER, LAYERS, d**-0.5, q_pos=pos, rope=Turn())
+
+
+def sampled(n: int, device: torch.device | str) -> Tensor:
+    """int64: numbers of the rows on which masses and errors are looked at."""
+    return torch.linspace(n // 16, n - 1, min(ROWS, n - n // 16), device=device).long()
+
+
 @dataclass
 class Problem:
     """One prompt, what dense attention gives on sampled rows, and the calls it is compared with."""
@@ -113,11 +130,10 @@ class Problem:
 
     @staticmethod
     def make(n: int, h: int, g: int, d: int, dtype: torch.dtype, device: torch.device) -> Problem:
-        q, k, v = (t.to(dtype) for t in made(n, h, g, d, device=device))
-        pos = torch.arange(n, device=device)[None]
-        x = AttnInput(q, KV.dense(k, v), "prefill", LAYER, LAYERS, d**-0.5, q_pos=pos, rope=Turn())
+        x = prompt(n, h, g, d, dtype, device)
+        q, k, v = x.q, x.kv.k, x.kv.v
         out, lse = attend(q, x.kv, None, return_lse=True)
-        rows = torch.linspace(n // 16, n - 1, min(ROWS, n - n // 16), device=device).long()
+        rows = sampled(n, device)
         cuda = device.type == "cuda"
         k2, v2 = (t.repeat_interleave(h // g, 1) for t in (k, v)) if cuda else (k, v)  # cuDNN: outside of the clock
 
@@ -140,7 +156,7 @@ class Problem:
             s = s.masked_fill(torch.arange(k.shape[0], device=k.device) > rows[:, None], -math.inf)
             mass = s.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
             part = ((mass < share).sum(-1) + 1) / (rows + 1)
-            found.setdefault(KINDS[i * g // h * len(KINDS) // g], []).append(float(part.mean()))
+            found.setdefault(kind_of(i, h, g), []).append(float(part.mean()))
         return {kind: round(statistics.mean(parts), 4) for kind, parts in found.items()}
 
 
@@ -174,15 +190,41 @@ def attended(method: Method, x: AttnInput, plan: Layout | Parts, state: State, l
 
 def densities(x: AttnInput, plan: Layout | Parts) -> tuple[float, float, str]:
     """(pairs named, pairs computed) / visible pairs, and the backends that compute them."""
-    visible = float(x.dense().visible(x.kv).sum())
-    named, computed, names = 0.0, 0.0, []
-    for part in plan.parts if isinstance(plan, Parts) else (Part(plan),):
-        q, kv = x.q if part.q is None else part.q, x.kv if part.kv is None else part.kv
+    return (float(named(x, plan).sum()) / float(x.dense().visible(x.kv).sum()), *executed(x, plan))
+
+
+def executed(x: AttnInput, plan: Layout | Parts) -> tuple[float, str]:
+    """(pairs computed / visible pairs, the backends that compute them)."""
+    visible, computed, names = float(x.dense().visible(x.kv).sum()), 0.0, []
+    for part, q, kv in _parts(x, plan):
         module = choose(q, kv, part.layout, Want(lse=isinstance(plan, Parts)))
-        named += float(part.layout.pairs(kv).sum())
         computed += part.layout.computed(module.tiling(part.layout), kv)
         names.append(module.NAME)
-    return named / visible, computed / visible, " + ".join(dict.fromkeys(names))
+    return computed / visible, " + ".join(dict.fromkeys(names))
+
+
+def named(x: AttnInput, plan: Layout | Parts) -> Tensor:
+    """int64 `[H]`: pairs that a plan names for each head of a call with B = 1."""
+    return torch.stack([part.layout.pairs(kv)[0] for part, _, kv in _parts(x, plan)]).sum(0)
+
+
+def _parts(x: AttnInput, plan: Layout | Parts) -> list[tuple[Part, Tensor, KV]]:
+    parts = plan.parts if isinstance(plan, Parts) else (Part(plan),)
+    return [(p, x.q if p.q is None else p.q, x.kv if p.kv is None else p.kv) for p in parts]
+
+
+def by_kind(x: AttnInput, pairs: Tensor, mass: Tensor) -> dict[str, dict[str, float]]:
+    """Of each kind of head, means of the mass kept and of the share of visible pairs: from `[H]` of each."""
+    h = x.q.shape[1]
+    visible = float(x.dense().visible(x.kv).sum()) / h
+    found: dict[str, list[tuple[float, float]]] = {}
+    for i, figures in enumerate(zip(mass.tolist(), pairs.tolist(), strict=True)):
+        found.setdefault(kind_of(i, h, x.groups), []).append(figures)
+    return {
+        kind: {"mass": round(statistics.mean(m), 4), "density": round(statistics.mean(p) / visible, 4)}
+        for kind, some in found.items()
+        for m, p in [zip(*some, strict=True)]
+    }
 
 
 def facts(x: AttnInput) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def prefill_table(data: dict[str, Any]) -> str:
-    """A result of `benchmarks/prefill_run.py`: a block of rows for each length, by attention mass kept."""
+    """A result of `benchmarks/prefill_run.py`: for each length its rows by mass kept, and what kind of head keeps it."""
     head = "| recipe | mass kept | computed | plan ms | attend ms | plan, of cuDNN | speed-up over cuDNN |"
     lines = []
     for case in dict.fromkeys(r["case"] for r in data["rows"]):
@@ -27,8 +27,26 @@ def prefill_table(data: dict[str, Any]) -> str:
                 f"| `{r['impl']}` | {mass} | {p['density_computed']:.3f} | {p['plan_ms']:.2f} | {p['attend_ms']:.2f} | "
                 f"{share} | {p['speedup']:.2f} |"
             )
-        lines.append("")
+        lines += ["", *_kinds(mine, data.get("floors", {}).get(case.split()[0], {}))]
     return "\n".join(lines).rstrip()
+
+
+def _kinds(rows: list[dict[str, Any]], floors: dict[str, dict[str, float]]) -> list[str]:
+    """Where mass and pairs of these rows lie, by kind of head, and what an oracle would need: a table, or nothing."""
+    rows = [r for r in rows if r["params"].get("kinds") and _mass(r) >= 0]
+    if not rows:
+        return []
+    kinds = list(rows[0]["params"]["kinds"])
+    lines = ["| mass kept of pairs named | all heads | " + " | ".join(kinds) + " |", "| --- " * (2 + len(kinds)) + "|"]
+    cell = lambda mass, density: f"{mass:.3f} of {density:.1%}"  # noqa: E731
+    for r in rows:
+        p = r["params"]
+        each = [cell(p["kinds"][k]["mass"], p["kinds"][k]["density"]) for k in kinds]
+        lines.append(f"| `{r['impl']}` | {cell(p['mass'], r['density'])} | {' | '.join(each)} |")
+    for unit, found in floors.items():
+        each = [cell(found[f"{k} mass"], found[f"{k} density"]) if f"{k} mass" in found else "-" for k in kinds]
+        lines.append(f"| an oracle, units of {unit} | {cell(0.95, found['density'])} | {' | '.join(each)} |")
+    return [*lines, ""]
 
 
 def compare_table(rows: list[dict[str, Any]]) -> str:

@@ -26,7 +26,11 @@ def calibrate(
         list[Path] | None, typer.Option("--data", help="A UTF-8 text file to calibrate on; repeatable. None: built-in.")
     ] = None,
     target: Annotated[
-        str, typer.Option(help="recall=0.95 (mass kept), density=0.1 (pairs computed) or loss=1% (output error).")
+        str,
+        typer.Option(
+            help="recall=0.95 (mass kept), mass=0.95 (the same, with settings by head), density=0.1 (pairs computed) or "
+            "loss=1% (output error)."
+        ),
     ] = "recall=0.95",
     length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 4096,
     samples: Annotated[

@@ -181,15 +181,24 @@ class Bisect:
     def end_pass(self) -> None:
         for i, value in enumerate(self.values):
             self.known[value] = self.sums[i] / max(1, self.calls)
-        good, bad = self.bracket
+        good, bad = self.bracket = self._narrowed(*self.bracket)
+        self._start(self._between(good, bad, NEXT) if self._holds(good) and good != bad else [])
+
+    def aim(self, value: float) -> None:
+        """Another value of the target for the next `finish`, to what the passes so far have tried."""
+        self.target = replace(self.target, value=value)
+        low, high = min(self.known), max(self.known)
+        most_first = self.knob.more == (self.target.kind != "density")
+        self.bracket = self._narrowed(*((high, low) if most_first else (low, high)))
+
+    def _narrowed(self, good: float, bad: float) -> tuple[float, float]:
+        """(the last value that holds, the first that does not) of those known from `good` to `bad`."""
         inside = sorted((v for v in self.known if min(good, bad) <= v <= max(good, bad)), reverse=good > bad)
         for value in inside:
             if not self._holds(value):
-                bad = value
-                break
+                return good, value
             good = value
-        self.bracket = good, bad
-        self._start(self._between(good, bad, NEXT) if self._holds(good) and good != bad else [])
+        return good, bad
 
     def _holds(self, value: float) -> bool:
         recall, wrong, _, computed = self.known[value].tolist()
@@ -224,9 +233,9 @@ class Bisect:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: NaN becomes None."""
+    """JSON values: NaN and infinity become None."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
