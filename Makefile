@@ -15,7 +15,7 @@ demo: install
 	$(BIN)/foveate compare --model $(MODEL) --tokens $(TOKENS) --report report --json report/compare.json
 
 test: install-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # A look at quality: SmolLM2, dense beside one recipe, four tasks. Two samples take about 7 minutes on two AVX2 cores, five
 # (SAMPLES=5) about 14; the folder eval-smoke can be resumed.

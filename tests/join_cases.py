@@ -19,7 +19,7 @@ def check(parts, heads, n, d, dtype, device, transposed=False):
         lse = torch.randn(2, heads, n, generator=gen, device=device) * 30
         empty = torch.rand(2, heads, n, generator=gen, device=device) < 0.3
         empty[:, :, 0] = True  # in all parts
-        empty[:, :, 1] = i > 0  # in all but the first
+        empty[:, :, 1:2] = i > 0  # in all but the first
         lse[empty] = float("-inf")
         out[empty] = 0
         given.append((out, lse))

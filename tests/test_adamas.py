@@ -345,7 +345,7 @@ def test_pieces_change_nothing(monkeypatch):
 def test_options():
     assert parse("adamas@8k") == Adamas(budget=256, unit="std", theta=0.5)
     assert (Adamas().theta, Adamas().budget, Adamas().dense_layers) == (10.0, 128, 2)
-    assert Adamas().phase(3) == "step" and Adamas(unit="std").phase(3) is None
+    assert Adamas().phase(3) == "step" and Adamas(unit="std").phase(3) == "step"
     q, k, v = qkv(1, 2, 1, 40)
     assert plan(q[:, :, -1:], KV.dense(k, v), budget=40) is None
     x = AttnInput(q[:, :, -1:], KV.dense(k, v), "decode", 1, 4, 0.25, q_pos=torch.tensor([[39]]))

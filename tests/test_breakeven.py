@@ -14,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import foveate
 from foveate import cli, payoff, registry
 from foveate.bench import breakeven, decode, results
 from foveate.bench.breakeven import BreakEven, Shape, crossing
@@ -27,10 +28,13 @@ from foveate.kernels.base import Want
 from foveate.kv import KV
 from foveate.layout import Layout
 from foveate.methods.base import Method
+from foveate.methods.quest import Quest
 from foveate.recipe import Recipe
 from foveate.report import bench_plots
 from foveate.runtime import Info, Step, attention
 from tests.drive import qkv
+from tests.models import tiny, tokens
+from tests.test_graphs import Dry, said
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -266,15 +270,11 @@ def test_exact_counts_before_defaults_before_the_own_rule():
     assert length("quest") == registry.parse("quest").min_length
 
 
-def test_a_method_whose_steps_are_not_captured_says_nothing_of_one_whose_steps_are(tmp_path):
-    from foveate.profile import Profile
-
-    package(known("double_sparsity", "decode", 99_000))  # without a profile: nothing can be captured
-    assert length("double_sparsity:dense_layers=1") == 99_000
-    made = {"channels": torch.arange(32).expand(3, 2, 32).contiguous()}
-    empty = dict(options={}, model="", fingerprint="", data="", seed=0, date="", target="", report={})
-    path = Profile(method="double_sparsity", tensors=made, **empty).save(tmp_path / "p")
-    assert length(f"double_sparsity:profile={path}") == 1025
+def test_a_method_whose_steps_are_captured_says_nothing_of_one_whose_steps_are_not():
+    package(known("token_select", "decode", 99_000))
+    assert length("token_select:chunk=256") == 99_000
+    rule = registry.parse("token_select").min_length
+    assert length("token_select:theta=0.9") == rule != 99_000  # its steps look at the device
 
 
 def test_never_faster_means_dense_as_far_as_was_measured():
@@ -359,6 +359,34 @@ def test_the_gate_runs_dense_below_the_measured_length(text, phase):
     for n, gate in ((100, False), (120, True)):  # without the gate; at its length
         out, notes, dense = gated(text, n, gate, decode)
         assert not torch.allclose(out, dense, atol=1e-3) and notes == []
+
+
+def test_gates_of_captured_steps_go_by_the_length_of_the_step():
+    """A fixed store has room for far more than the gate: steps below it are dense, those from it on are not, by graphs."""
+    text = "quest:page=4,budget=16,dense_layers=0"
+    package(known(text, "decode", 70))
+    model, ids = tiny(), tokens(1, 60)
+
+    def told(captured):
+        calls, recorded, handle = [], [], foveate.apply(model, text, gate=True)
+        if captured:
+            handle.graphs = Dry(handle)
+            record = handle.graphs.record
+            handle.graphs.record = lambda *a: recorded.append(1) or record(*a)
+            handle.graphs.install()
+        plan = Quest.plan
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Quest, "plan", lambda self, x, s: calls.append((x.stored, x.kv.capacity)) or plan(self, x, s))
+            out = said(model, ids, steps=24)
+        if captured:
+            assert handle.graphs.replays >= 18 and len(recorded) == 2  # each side of the gate ran once as it is
+        handle.remove()
+        return out, calls
+
+    (want, plain), (got, fixed) = told(False), told(True)
+    assert torch.equal(got, want) and plain and plain[0] == (70, 70)
+    assert fixed[0][0] == 70 and fixed[0][1] > 70  # by capacity the gate would have let every step through
+    assert {n for n, _ in fixed} == {n for n, _ in plain} == set(range(70, 84))
 
 
 def test_a_measured_length_shorter_than_the_own_rule_counts():

@@ -145,14 +145,19 @@ def test_what_packed_views_do_not_serve():
     kv = store.append(*new(1), None, [41, 41]).view()
     q = torch.randn(2, 4, 1, 8)
     plan = Layout.static((2, 4, 1, 42), window=9, block_q=1)
-    assert explain(q, kv, plan)[0].reason == "it serves one query a row over all entries"
+    assert explain(q, kv, plan)[0].reason == "it serves no sink, window or stride, only listed tiles or entries"
     want = attend(q, kv.to_dense(), plan, backend="reference")
     torch.testing.assert_close(attend(q, kv, plan), want, atol=2e-6, rtol=1e-5)
-    assert explain(q, kv)[0].reason == "keys and values are unpacked already"
+    assert explain(q, kv)[0].reason.startswith("keys and values are unpacked already")
 
 
 @pytest.mark.parametrize(
-    "recipe", ["dense+cache=kivi:bits=4,group=4,residual=16", "dense+cache=kivi:bits=8,group=8,residual=8"]
+    "recipe",
+    [
+        "dense+cache=kivi:bits=4,group=4,residual=16",
+        "dense+cache=kivi:bits=8,group=8,residual=8",
+        "decode=quest:page=8,budget=32,dense_layers=1,share=group+cache=kivi:bits=8,group=8,residual=8",
+    ],
 )
 def test_recorded_steps_of_kivi(recipe):
     """Two graphs, one of them for the steps that quantise keys, right at every later step, rows of different length."""
@@ -165,7 +170,8 @@ def test_recorded_steps_of_kivi(recipe):
     handle.graphs = Strict(handle)
     handle.graphs.install()
     got = generate(model, ids, mask, max_new_tokens=60, min_new_tokens=60)
-    assert handle.graphs.replays > 50 and not handle.notes
+    few = "quest" in recipe  # on a CPU the lengths beside its bounds move, and a step that runs as it is ends the graphs
+    assert handle.graphs.replays > (40 if few else 50) and not handle.notes
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
     handle.remove()
 

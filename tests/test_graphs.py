@@ -396,7 +396,8 @@ def compiling(model, recipe, record=Dry.record, backend=None):
 
 @pytest.mark.parametrize("family,layers", [("llama", 10), ("gemma2", 4)])  # dynamo gives up at the ninth number of a layer
 def test_layers_are_compiled_once(family, layers):
-    """Four pieces of code serve all layers that look alike; later steps compile nothing, and nothing of it stays."""
+    """Four pieces of code serve all layers that look alike, one the norm behind them; later steps compile nothing, and
+    nothing of it stays."""
     model, ids = tiny(family, num_hidden_layers=layers), tokens(1, 40)
     recipe = "quest:budget=16,dense_layers=0"
     with foveate.use(model, recipe):
@@ -404,12 +405,26 @@ def test_layers_are_compiled_once(family, layers):
     handle, built = compiling(model, recipe)
     got = generate(model, ids, max_new_tokens=4, min_new_tokens=4)
     pieces = len(built)
-    assert pieces == (5 if family == "gemma2" else 4)  # gemma2 has layers of two kinds
+    assert pieces == (6 if family == "gemma2" else 5)  # gemma2 has layers of two kinds
     assert sum(len(p) for p in built) > 40
     got = generate(model, ids, max_new_tokens=12, min_new_tokens=12)
     assert len(built) == pieces and handle.graphs.replays >= 8 and not [n for n in handle.notes if "compiled" in n]
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-5, rtol=1e-5)
-    assert not any("forward" in vars(layer) for layer in model.get_decoder().layers)
+    assert not any("forward" in vars(module) for module in model.get_decoder().modules())
+    handle.remove()
+
+
+def test_a_tuned_head_is_compiled():
+    """With `tuned` the head is one piece more, unless somebody has replaced its forward."""
+    from foveate.adapters.compiled import Layers
+
+    model = tiny()
+    handle, _ = compiling(model, "dense")
+    plain, tuned = (Layers(handle, tuned=way, backend="eager").modules for way in (False, True))
+    assert plain[-1] is model.get_decoder().norm and tuned == [*plain, model.lm_head]
+    model.lm_head.forward = model.lm_head.forward
+    assert Layers(handle, tuned=True, backend="eager").modules == plain
+    del model.lm_head.forward
     handle.remove()
 
 

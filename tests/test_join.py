@@ -37,5 +37,7 @@ else:
         assert "4 parts" in twin.why_not([one] * 4)
         assert "gradients" in twin.why_not([one, (one[0].clone().requires_grad_(), one[1])])
         assert "fp32" in twin.why_not([one, (one[0], one[1].double())])
+        assert "outputs of other shapes" in twin.why_not([one, (one[0][:, :, 1:], one[1][:, :, 1:])])
+        assert "another shape than their outputs" in twin.why_not([one, (one[0], one[1][:, :, 1:])])
         for got, want in zip(joined([one] * 4), merge([one] * 4), strict=True):
             assert torch.equal(got, want)

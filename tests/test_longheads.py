@@ -215,6 +215,23 @@ def test_chunk_keys_grow_with_the_text(prefill):
     complete(drive, q, k, v, 130)
 
 
+@pytest.mark.parametrize("lens", [(120, 71), (112, 96)])
+def test_keys_of_rows_of_any_length(lens):
+    """Where only the device knows whose chunk ends, a key is there before the chunk after its own has ended."""
+    (q, k, v), steps, most = qkv(2, 4, 2, 170), 45, max(lens)
+    drive = Drive(Recipe.of(f"prefill=dense+decode={SMALL}"))
+    valid = torch.arange(most) >= most - torch.tensor(lens)[:, None]
+    drive(*(t[:, :, :most] for t in (q, k, v)), valid=valid)
+    for i in range(most, most + steps):
+        drive(*(t[:, :, i : i + 1] for t in (q, k, v)))
+        for b, n in enumerate(lens):
+            length = i + 1 - most + n
+            text = text_of(*(t[b : b + 1, :, most - n : i + 1] for t in (q, k, v)), drive.recipe.decode)
+            c = length // 16 - 2  # the newest chunk that is not chosen anyway
+            got = drive.cache.batch[KEYS].data[b, :, c].double()
+            torch.testing.assert_close(got, torch.stack([text.key(a, c) for a in range(4)]), atol=1e-5, rtol=1e-4)
+
+
 def test_rollback_fork_and_reorder():
     """Up to a chunk back, keys are those of a text that never had the tokens."""
     q, k, v = qkv(1, 4, 2, 150)

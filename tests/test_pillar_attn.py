@@ -9,12 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import foveate
 from foveate.cache import LayerCache
 from foveate.errors import ConfigError
 from foveate.kv import KV
 from foveate.methods.pillar_attn import HELD, SEEN, PillarAttn, mean_mass
+from foveate.registry import parse
 from tests.drive import Drive, oracle, qkv
 from tests.fidelity import CASES
+from tests.models import tiny, tokens
+from tests.test_graphs import Strict, said
 
 few = settings(max_examples=20, deadline=None)
 
@@ -105,14 +109,15 @@ def test_a_prompt_gives_no_scores_and_a_dense_step_makes_the_first_set():
     tensors = qkv(1, 4, 2, 120)
     drive = Drive("pillar_attn:draft=3,ratio=0,least=30")
     feed(drive, tensors, 0, 100)
-    full = []
+    full, sets = [], []
     for t in range(100, 109):
         feed(drive, tensors, t, t + 1)
         full.append(drive.last[1].full)
+        sets.append(None if full[-1] else chosen(drive.last[1]))
     assert full == [True, False, False, False] * 2 + [True]
     x = drive.watch.calls[-2][0]
     score = slow_scores(tensors[0][0, :, 104:105], tensors[1][0, :, :105], 104)
-    assert chosen(drive.watch.calls[-2][1]) == [[slow_set(s, 104, 105, 0, 30) for s in score]]
+    assert sets[-2] == [[slow_set(s, 104, 105, 0, 30) for s in score]]
     assert x.step == 7
 
 
@@ -128,6 +133,37 @@ def test_warm_looks_at_the_end_of_a_prompt_and_chunks_change_nothing():
     assert sets[0] == sets[1] == sets[2]
     score = slow_scores(tensors[0][0, :, 96:100], tensors[1][0, :, :100], 96)
     assert sets[0] == [[slow_set(s, 96, 100, 0, 30) for s in score]]
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_captured_steps(warm):
+    """Rounds begin with a dense step or end with one, by whether the prompt gave scores; both are recorded once."""
+    model, ids = tiny(), tokens(2, 60)
+    text = f"pillar_attn:draft=3,ratio=0.2,least=12,warm={str(warm).lower()}"
+    with foveate.use(model, text):
+        want = said(model, ids, steps=24)
+    handle = foveate.apply(model, text)
+    handle.graphs = Strict(handle)
+    handle.graphs.install()
+    assert torch.equal(said(model, ids, steps=24), want) and handle.graphs.replays >= 16 and not handle.notes
+    handle.remove()
+    method = parse("pillar_attn:draft=3")
+    assert [method.phase(i) for i in range(9)] == [
+        "set", "draft", "draft", "last", "first", "between", "between", "last", "first",
+    ]  # fmt: skip
+
+
+def test_later_rounds_go_by_the_number_of_the_step():
+    """What a replayed step would do: a rollback changes what a set covers, not when the next one is due."""
+    tensors = qkv(1, 4, 2, 140)
+    drive, full = Drive("pillar_attn:draft=3,ratio=0,least=30"), []
+    feed(drive, tensors, 0, 100)
+    for step in range(13):
+        if step in (6, 11):
+            drive.cache.truncate(1)
+        feed(drive, tensors, 100 + step, 101 + step)
+        full.append(drive.last[1].full)
+    assert [i for i, dense in enumerate(full) if dense] == [0, 4, 8, 12]
 
 
 def test_a_rollback_past_the_pass_drops_its_scores():

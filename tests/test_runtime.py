@@ -45,6 +45,47 @@ def test_heads_are_mixed():
 
 
 @dataclass(frozen=True)
+class Halves(Method):
+    """The first ten keys and all later ones, apart: two softmaxes put together. `gated`: added up instead."""
+
+    gated: bool = option(False)
+
+    id: ClassVar[str] = "halves"
+    roles: ClassVar[tuple[str, ...]] = ("prefill",)
+
+    def plan(self, x: AttnInput, state: State) -> Parts:
+        sets = (torch.arange(10), torch.arange(10, x.shape[3]))
+        lists = [keys.int().expand(1, 1, -(-x.shape[2] // 16), -1) for keys in sets]
+        parts = [Layout.lists(x.shape, block_q=16, entries=e.contiguous(), q_pos=x.layout_pos()) for e in lists]
+        gate = torch.ones(x.shape[:3]) if self.gated else None
+        return Parts(tuple(Part(p, gate=gate) for p in parts), "gated" if self.gated else "lse")
+
+
+def test_heads_are_mixed_with_a_method_of_several_parts():
+    """As minference plans on a GPU: heads of their own get a part of their own, with nothing in the others."""
+    q, k, v = qkv(1, 4, 2, 41)
+    dense = oracle(q, (k, v))
+    window = oracle(q, (k, v), Layout.static((1, 4, 41, 41), window=8, block_q=1))
+    drive = Drive(Recipe(prefill=Halves(), heads=Stream()))
+    got = drive(q, k, v)
+    torch.testing.assert_close(got[:, ::2], dense[:, ::2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[:, 1::2], window[:, 1::2], atol=1e-5, rtol=1e-5)
+    whole = Drive(Recipe(prefill=Halves(), heads=Stream(window=1000)))
+    torch.testing.assert_close(whole(q, k, v), dense, atol=1e-5, rtol=1e-5)
+    drive.last[1].validate()
+    assert len(drive.last[1].parts) == 3 and [part.layout.has_rule for part in drive.last[1].parts] == [False, False, True]
+    with pytest.raises(UnsupportedError, match="several softmaxes"):
+        Drive(Recipe(prefill=Halves(gated=True), heads=Stream()))(q, k, v)
+
+
+def test_heads_that_see_everything_beside_parts(monkeypatch):
+    monkeypatch.setattr(Stream, "plan", lambda self, x, state: x.dense())
+    q, k, v = qkv(1, 4, 2, 41)
+    got = Drive(Recipe(prefill=Halves(), heads=Stream()))(q, k, v)
+    torch.testing.assert_close(got, oracle(q, (k, v)), atol=1e-5, rtol=1e-5)
+
+
+@dataclass(frozen=True)
 class Recorder(Method):
     """Writes into every place it may write to, and reads back what it can see."""
 

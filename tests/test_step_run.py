@@ -93,3 +93,16 @@ def test_replayed_steps_of_a_made_context():
     assert handle.graphs.replays >= 17 and not handle.notes and cache.seen == [80, 80]
     assert cache.layers[0].cache.store.k.data_ptr() == entries[0][0].data_ptr()
     handle.remove()
+
+
+def test_launches_are_told():
+    """Eight layers of two kernels with gaps of 1, after one that is no layer's."""
+    ran, now = [], 0.0
+    for name, us in [("embed", 4.0), *[("norm", 2.0), ("product", 10.0)] * 8]:
+        ran.append((now, now + us, name))
+        now += us + 1
+    said = step_run.told(ran, 8)
+    assert said[0].startswith("   0.080 ms     8 launches ( 1.00 a layer) of    10.0 us  product")
+    assert said[-2].startswith("   0.016 ms between 17 launches; 0.100 of 0.116 ms busy")
+    assert said[-1] == "a layer in its order: product | norm" and len(said) == 5
+    assert step_run.told([], 8) == ["the profiler saw no launch"]

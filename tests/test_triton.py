@@ -38,6 +38,28 @@ else:
 
     named = dict(ids=lambda c: c.__name__)
 
+    def test_a_quick_interpreter_knows_what_it_knew():
+        """Of `interpreter.quicken`: types that are remembered are those of Triton itself, and refusals stay."""
+        from triton.language import core
+        from triton.runtime import interpreter
+
+        assert core.block_type.__init__.__module__ == "tests.interpreter", "this Triton is not quickened: see quicken()"
+        for name, shape in (("fp32", [16]), ("int8", [16]), ("fp32", [16]), ("fp32", [4, 4]), ("fp32", core.tuple([4, 4]))):
+            of, size = core.dtype(name), [int(n) for n in shape]
+            made = core.block_type(of, shape)
+            assert made.element_ty is of and list(made.shape) == size and made.numel == 16 and name in str(made)
+            assert isinstance(made.shape.type, core.tuple_type) and len(made.shape.type.types) == len(size)
+            for handle in ("a", "b"):
+                x = core.tensor(handle, made)
+                assert (x.handle, x.type, x.dtype, x.numel.value) == (handle, made, of, 16)
+                assert [n.value for n in x.shape] == size
+            wide = interpreter._get_np_dtype(made)
+            assert (wide.kind, wide.itemsize) == {"fp32": ("f", 4), "int8": ("i", 1)}[name]
+        for shape, error, why in (([3], ValueError, "power of 2"), ([], TypeError, "0d"), ([16.0], TypeError, "constexpr")):
+            for _ in range(2):
+                with pytest.raises(error, match=why):
+                    core.block_type(core.float32, shape)
+
     @pytest.mark.parametrize("make", cases.ALL, **named)
     def test_equals_the_oracle(make):
         check(kernels, make(Maker(66, d=16)).poisoned(), torch.float32)

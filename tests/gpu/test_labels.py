@@ -1,0 +1,221 @@
+"""Labels, codes and the best single entries on a GPU: choices index by index, CUDA graphs, uneven batches, equal runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+if torch.cuda.is_available():
+    import foveate
+    from foveate.kernels.triton import labels_launch
+    from foveate.kernels.triton import select_entries_launch as chosen
+    from foveate.kv import KV
+    from foveate.methods.adamas import Adamas
+    from foveate.methods.base import State
+    from foveate.methods.double_sparsity import DoubleSparsity
+    from foveate.scores import entries
+    from tests import label_cases as cases
+    from tests.models import generate, tiny, tokens
+
+    CHOICES, LABELS, CODES = cases.CHOICES, cases.LABELS, cases.CODES
+    METHODS = [
+        DoubleSparsity(budget=256, dense_layers=0),
+        DoubleSparsity(budget=100, dense_layers=0, group_factor=4, bits=16, share="group"),
+        DoubleSparsity(budget=64, dense_layers=0, group_factor=1, bits=4),
+        Adamas(budget=128, dense_layers=0, theta=1.0),
+        Adamas(budget=64, dense_layers=0, unit="std", theta=0.5, share="group"),
+    ]
+else:
+    CHOICES, LABELS, CODES, METHODS = [], [], [], []
+
+LENGTHS = [((1500, 1500), (70, 70)), ((640, 81), (90, 1280)), None]
+MORE = [(4, 128, 64, 2), (4, 128, 60, 2), (3, 128, 48, 4), (5, 128, 64, 8), (16, 128, 32, 16), (4, 256, 128, 8)]
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+storages = pytest.mark.parametrize("kind", ["dense", "paged"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int16], ids=str)
+@pytest.mark.parametrize("case", CHOICES, ids=str)
+def test_choice(case, dtype):
+    """Short rows at once, long ones by blocks of every width; odd lengths, ties, NaN and infinities."""
+    for m in (1, 33, 1000, 16384, 16385, 40001, (1 << 17) + 37):
+        if case[1] <= m or case[1] > 1000:
+            cases.check_choice(chosen, case, m, dtype, "cuda")
+
+
+def check(score, keep, length=None, late=False):
+    want, got = (best(score, keep, length=length, late=late) for best in (cases.law, chosen.best_entries))
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("keep", [1, 128, 1024, 4096, 16384, 32768])
+def test_choice_of_many(keep):
+    """At 128K; rows whose best entries lie side by side, equal scores everywhere, one block of them, and close scores."""
+    m = 1 << 17
+    lists = torch.randn(1, 6, m, device="cuda")
+    lists[0, 1] = torch.linspace(0, 1, m, device="cuda")
+    lists[0, 2] = 1.0
+    lists[0, 3] = (torch.arange(m, device="cuda") // 3000 == 7).float()
+    lists[0, 4] = cases.close(m, device="cuda")[0, 0]
+    lists[0, 5] = cases.close(1000, device="cuda")[0, 0].repeat(m // 1000 + 1)[:m]  # ties in the third digit
+    length = torch.tensor([[m, 100_001, m - 1, m, 77_777, 500]], dtype=torch.int32, device="cuda")
+    beyond = lists.masked_fill(torch.arange(m, device="cuda") >= length[..., None], float("nan"))
+    for late in (False, True):
+        check(lists, keep, None, late)
+        check(beyond, keep, length, late)
+        check(beyond[:, [0, 2, 4, 5]].repeat(1, 8, 1), keep, length[:, [0, 2, 4, 5]].repeat(1, 8), late)  # larger programs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int16], ids=str)
+def test_choice_of_a_million(dtype):
+    gen = torch.Generator(device="cuda").manual_seed(0)
+    score = (100 * torch.randn(2, 1, (1 << 20) + 5, device="cuda", generator=gen)).to(dtype)
+    length = torch.tensor([[1 << 20], [3]], dtype=torch.int32, device="cuda")
+    for late in (False, True):
+        check(score, 2048, length, late)
+
+
+def test_a_choice_in_a_graph():
+    """Replays read new scores and lengths, leave nothing behind for the next one, and wait for nothing."""
+    score = torch.randn(2, 4, 50_000, device="cuda")
+    length = torch.tensor([[50_000, 40_000], [20_000, 30]], dtype=torch.int32, device="cuda")
+    chosen.best_entries(score, 500, length=length)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        index, count = chosen.best_entries(score, 500, length=length)
+    for i in range(10):
+        score.copy_(torch.randn_like(score) if i % 2 else torch.randint_like(score, 9))
+        length[1, 1] += 7000
+        length.clamp_(max=50_000)
+        graph.replay()
+        want = cases.law(score, 500, length=length)
+        assert torch.equal(index, want[0]) and torch.equal(count, want[1])
+
+
+@both
+@storages
+@pytest.mark.parametrize("r,d,n,bits", [*LABELS, *MORE])
+def test_channels(r, d, n, bits, kind, dtype):
+    for lens in LENGTHS if kind == "dense" else LENGTHS[:2]:
+        q, kv = cases.problem(r, d, lens, kind, dtype, "cuda", seed=bits)
+        for group in (False, True):
+            cases.check_labels(cases.channels(d, n, bits, device="cuda"), q, kv, group, 1e-3)
+            cases.check_labels(cases.channels(d, n, bits, learnt=True), q, kv, group, 1e-3)
+
+
+@both
+@storages
+@pytest.mark.parametrize("r,d,spread", [*CODES, (16, 128, False)])
+def test_codes(r, d, spread, kind, dtype):
+    for lens in LENGTHS if kind == "dense" else LENGTHS[:2]:
+        q, kv = cases.problem(r, d, lens, kind, dtype, "cuda", seed=d)
+        for group in (False, True):
+            cases.check_labels(cases.codes(d, spread, "cuda"), q, kv, group, 0)
+
+
+@both
+@storages
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.describe())
+def test_a_step(method, kind, dtype):
+    for lens in (LENGTHS[0], ((20000, 19991), (300, 17000))):
+        q, kv = cases.problem(4, 128, lens, kind, dtype, "cuda")
+        cases.check_step(method, q, kv, TOLERANCE[dtype])
+
+
+@both
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.describe())
+def test_in_a_cuda_graph(method, dtype):
+    """Captured once, replayed while queries change and the cache grows: each replay equals a plan from all keys anew."""
+    gen = torch.Generator().manual_seed(1)
+    draw = lambda *s: torch.randn(*s, generator=gen).to("cuda", dtype)  # noqa: E731
+    q, k, v = draw(2, 8, 1, 128), draw(2, 2, 20000, 128), draw(2, 2, 20000, 128)
+    length = torch.tensor([[19000, 19000], [900, 900]], dtype=torch.int32, device="cuda")
+    kv = KV.dense(k, v, len=length)
+    state, number = State(), 0
+
+    def step():
+        layout = cases.step(method, q, kv, state, number)
+        return foveate.attend(q, kv, layout), layout
+
+    step()
+    length += 1
+    number = 1
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, layout = step()
+    for i in range(40):
+        q.copy_(draw(2, 8, 1, 128))
+        for b in range(2):
+            k[b, :, int(length[b, 0])] = 2 * draw(2, 128)
+        length += 1
+        graph.replay()
+        if i % 4 == 0:
+            plan = cases.step(method, q, kv, State(), 0)
+            assert torch.equal(layout.entries, plan.entries) and torch.equal(layout.entry_count, plan.entry_count)
+            assert torch.equal(out, foveate.attend(q, kv, plan))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.describe())
+def test_runs_are_equal_and_wait_for_nothing(method):
+    q, kv = cases.problem(4, 128, ((19000, 19000), (17000, 17000)), "dense", torch.bfloat16, "cuda")
+    state = State()
+    cases.step(method, q, kv, state, 0)
+    first = cases.step(method, q, kv, state, 1)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plans = [cases.step(method, q, kv, state, 2) for _ in range(10)]
+        outs = [foveate.attend(q, kv, plan) for plan in plans]
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert all(torch.equal(plan.entries, first.entries) for plan in plans)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_the_choice_is_that_of_the_papers_up_to_near_ties():
+    """Against the plain code from end to end in fp32: what differs are entries whose scores are within rounding."""
+    q, kv = cases.problem(4, 128, ((9000, 9000), (8000, 8000)), "dense", torch.float32, "cuda")
+    for method in METHODS:
+        ours = cases.step(method, q, kv, State(), 0)
+        off = lambda t: None  # noqa: E731
+        with cases.patch.object(entries.fused, "entries", off), cases.patch.object(entries.fused, "labels", off):
+            other = cases.step(method, q, kv, State(), 0)
+        a, b = ours.to_mask(kv), other.to_mask(kv)
+        assert int((a != b).sum()) <= (0 if isinstance(method, Adamas) else 4) * 16
+
+
+@pytest.mark.parametrize("recipe", ["double_sparsity", "adamas:unit=std,theta=0.5"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_model_replays_its_steps(recipe, rows):
+    recipe += (":" if ":" not in recipe else ",") + "budget=64,dense_layers=0"
+    net = tiny(num_hidden_layers=4, hidden_size=256, head_dim=64, max_position_embeddings=4096).to("cuda", torch.float32)
+    ids = tokens(rows, 700).cuda()
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[1, :133] = 0
+    run = lambda: generate(net, ids, mask, max_new_tokens=40, min_new_tokens=40)  # noqa: E731
+    with foveate.use(net, recipe):
+        want = run()
+    with foveate.use(net, recipe, graphs=True) as handle:
+        got = run()
+        assert handle.graphs.replays >= 36, handle.notes
+    assert torch.equal(got.sequences, want.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-3, rtol=1e-3)
+
+
+def test_unserved_head_dims_fall_back():
+    q, kv = cases.problem(4, 256, LENGTHS[0], "dense", torch.bfloat16, "cuda")
+    assert not labels_launch.serves_codes(256)
+    layout = cases.step(METHODS[3], q, kv, State(), 0)
+    assert layout.entries.shape == (2, 8, 1, 128)
