@@ -149,14 +149,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--accepted: expected 0 to {args.draft} of the drafted tokens, got {args.accepted}")
     if (need := (args.cycles + WARM) * (args.accepted + 1) + args.draft) > step_run.ROOM:
         parser.error(f"--cycles: expected at most {step_run.ROOM} tokens behind the context, got {need}")
+    ways = ["plain"] if args.tiny else [way.strip() for way in args.ways.split(",")]
+    if unknown := [way for way in ways if way not in step_run.WAYS]:
+        parser.error(f"--ways: expected some of {', '.join(step_run.WAYS)}, got {', '.join(unknown)}")
     device = torch.device("cpu" if args.tiny else "cuda")
     asked = "300x1" if args.tiny and args.cases == parser.get_default("cases") else args.cases
     cases = [tuple(int(n) for n in text.split("x")) for text in asked.split(",")]
     shape = step_run.TINY if args.tiny else step_run.SHAPE | {"num_hidden_layers": args.layers}
     net, rows = step_run.model(shape, max(m for m, _ in cases), device), []
     for m, b in cases:
-        for way in ["plain"] if args.tiny else args.ways.split(","):
-            rows += case(net, b, m, way.strip(), args)
+        for way in ways:
+            rows += case(net, b, m, way, args)
             step_run.release()
             if args.out:
                 results.write(args.out, results.result("speculate", rows, device))

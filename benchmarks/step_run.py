@@ -287,6 +287,8 @@ def main(argv: list[str] | None = None) -> None:
     ways = ["plain"] if args.tiny else [way.strip() for way in args.ways.split(",")]
     if unknown := [way for way in ways if way not in WAYS]:
         parser.error(f"--ways: expected some of {', '.join(WAYS)}, got {', '.join(unknown)}")
+    if (most := ROOM - WARM - 2) < args.steps:  # one step warms, one is looked at
+        parser.error(f"--steps: expected at most {most}, for which a context leaves room, got {args.steps}")
     rows: list[results.Row] = []
     for m, b in cases:
         steps = min(args.steps, 5) if args.tiny else args.steps

@@ -229,3 +229,17 @@ def check_changes(page, device="cpu"):
     )  # a capture that failed: never written
     ours.recount(counted)
     same(ours, other, bounds)
+    ours.stays = other.stays = True
+    for read in (False, True):  # several tokens in place, over the edge of a page; bounds are read behind them or not
+        more, lens = draw(page + 5), ours.lens
+        assert ours.append(*more, None, [0, 0]) is ours and other.append(*more, None, [0, 0]) is other
+        assert ours.lens == [[n + page + 5 for n in row] for row in lens]
+        if read:
+            same(ours, other, bounds)
+        step(ours, other, *draw(1))
+        same(ours, other, bounds)
+        for thing in (ours, other, bounds):
+            thing.truncate(page + 2)
+        step(ours, other, *draw(1))
+        step(ours, other, *draw(1))
+        same(ours, other, bounds)

@@ -105,6 +105,18 @@ else:
         monkeypatch.setattr(chosen, "FEW", 512)
         cases.check_choice(chosen, case, 513, torch.int16 if case[-1] and case[0] == 4 else torch.float32)
 
+    @pytest.mark.parametrize("few", [0, 512])
+    @pytest.mark.parametrize("late", [False, True])
+    def test_choice_at_the_edges(short, monkeypatch, few, late):
+        """Rows of no entry, of those that are forced, of fewer than asked for; the least and the highest score there is."""
+        monkeypatch.setattr(chosen, "FEW", few)
+        score = -torch.randint(0, 3, (2, 2, 300), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+        score[..., ::7], score[..., 5::90] = -32768, 32767
+        options = dict(length=torch.tensor([[0, 2], [9, 290]]), sink=1, recent=1, late=late)
+        want, got = cases.law(score, 10, **options), chosen.best_entries(score, 10, **options)
+        assert got[1].tolist() == want[1].tolist() == [[0, 2], [9, 10]]
+        assert torch.equal(got[0].flatten(0, 1)[1:], want[0].flatten(0, 1)[1:]) and not got[0][0, 0].any()
+
     def test_keys_that_differ_in_their_last_digit(short):
         score = cases.close(700)
         for keep, late in ((300, False), (5, True)):

@@ -270,6 +270,22 @@ def test_a_prompt_part_that_is_taken_back_and_replaced():
         torch.testing.assert_close(got, text_of(*text, parse(SMALL)).key(3, i), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("more", [0, 3])
+def test_queries_of_a_prompt_part_that_is_taken_back(more):
+    """Decode steps replace its tokens: the next part of the prompt does not take their old queries for the new ones."""
+    q, k, v = qkv(1, 4, 2, 125)
+    drive = Drive(Recipe.of(SMALL))
+    drive(*(torch.cat([t[:, :, :70], t[:, :, 100:120]], 2) for t in (q, k, v)))
+    drive.cache.truncate(20)
+    for lo, hi in ([70, 70 + more], *([i, i + 1] for i in range(70 + more, 95)), [95, 124], [124, 125]):
+        if lo < hi:
+            drive(*(t[:, :, lo:hi] for t in (q, k, v)))
+    text = text_of(q, k, v, parse(SMALL))
+    for a in range(4):
+        got = drive.cache.batch[KEYS].data[0, a, 5].double()
+        torch.testing.assert_close(got, text.key(a, 5, first=15), atol=1e-5, rtol=1e-4)
+
+
 def test_queries_nobody_saw():
     """A cache that another recipe filled: chunks have the mean of their keys until their own queries come."""
     q, k, v = qkv(2, 4, 2, 130)

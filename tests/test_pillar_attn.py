@@ -14,6 +14,7 @@ from foveate.cache import LayerCache
 from foveate.errors import ConfigError
 from foveate.kv import KV
 from foveate.methods.pillar_attn import HELD, SEEN, PillarAttn, mean_mass
+from foveate.recipe import Recipe
 from foveate.registry import parse
 from tests.drive import Drive, oracle, qkv
 from tests.fidelity import CASES
@@ -190,6 +191,21 @@ def test_a_rollback_past_the_pass_drops_its_scores():
             assert chosen(drive.last[1]) == first and drive.last[1].window.item() == 7 - cut + 1
 
 
+def test_no_set_outlives_a_pass():
+    """A set of a dense step, a pass, a first step that did not ask the method, as under a length gate: the pass counts."""
+    tensors = qkv(1, 4, 2, 120)
+    drive = Drive("pillar_attn:draft=3,ratio=0,least=30")
+    feed(drive, tensors, 0, 100)
+    feed(drive, tensors, 100, 101)
+    feed(drive, tensors, 101, 105)
+    own, drive.recipe = drive.recipe, Recipe.of("dense")
+    feed(drive, tensors, 105, 106)
+    drive.recipe = own
+    feed(drive, tensors, 106, 107)
+    score = slow_scores(tensors[0][0, :, 101:105], tensors[1][0, :, :105], 101)
+    assert chosen(drive.last[1]) == [[slow_set(s, 101, 105, 0, 30) for s in score]]
+
+
 def test_rows_of_different_length_equal_themselves_alone():
     """A batch whose second row is shorter: budgets and sets are each row's own."""
     q, k, v = qkv(2, 4, 2, 130)
@@ -230,8 +246,6 @@ def test_forks_and_reordered_rows_keep_their_sets():
 
 @pytest.mark.parametrize("storage", ["dense", "paged"])
 def test_ratio_one_is_dense(storage):
-    from foveate.recipe import Recipe
-
     tensors = qkv(1, 6, 2, 90)
     drive = Drive(Recipe(decode="pillar_attn:ratio=1.0,least=1", storage=storage))
     feed(drive, tensors, 0, 70)

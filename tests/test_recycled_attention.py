@@ -186,6 +186,15 @@ def test_rows_of_any_length():
             assert torch.equal(got[i : i + 1, ..., :n], want) and not got[i, ..., n:].any()
 
 
+@pytest.mark.parametrize("fraction,size", [(0.29, 28), (0.125, 12)])
+def test_a_share_is_rounded_alike_on_host_and_device(fraction, size):
+    """In fp32 0.29 of 100 tokens would be 29, of a list of 28."""
+    q, k, v = qkv(1, 4, 2, 100)
+    x = AttnInput(q[:, :, -1:], KV.dense(k, v), "decode", 2, 4, 0.25, q_pos=torch.tensor([[99]]))
+    found = RecycledAttention(fraction=fraction)._select(x)
+    assert found.entries.shape[-1] == size and found.limit.tolist() == [[size] * 2]
+
+
 def test_rollback_fork_and_reorder():
     text, (q, k, v) = "recycled_attention:budget=8,stride=20,tau=none", qkv(2, 4, 2, 70)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import foveate
-from foveate import speculate
+from foveate import payoff, speculate
 from foveate.cache import fixed
 from foveate.cache import store as cache_store
 from foveate.cache.dense import DenseStore
@@ -32,8 +32,8 @@ class Counts(Strict):
         return super().record(cache, held)
 
 
-def counting(model, recipe):
-    handle = foveate.apply(model, recipe)
+def counting(model, recipe, **options):
+    handle = foveate.apply(model, recipe, **options)
     handle.graphs = Counts(handle)
     handle.graphs.install()
     return handle
@@ -214,6 +214,49 @@ def test_the_age_of_a_set_that_a_replay_made():
     handle = counting(model, text)
     torch.testing.assert_close(talk(), want, atol=1e-4, rtol=1e-4)
     assert handle.graphs.recorded[:3] == [2, 2, 0] and handle.graphs.replays >= 8
+    handle.remove()
+
+
+@pytest.mark.parametrize("backs", [(1, 2), (2,), (3,)])
+@torch.no_grad()
+def test_a_rollback_past_a_dense_step_that_was_replayed(backs):
+    """Rounds of 4: step 16 makes the set by a replay, and the host saw the one of step 8. (1, 2): a step between the two."""
+    model, ids, new, text = tiny(num_hidden_layers=2), tokens(1, 60), tokens(1, 40, seed=3), "pillar_attn:draft=3,least=8"
+
+    def talk():
+        cache, out = model(ids, use_cache=True).past_key_values, []
+
+        def say(a, b):
+            for t in range(a, b):
+                out.append(model(input_ids=new[:, t : t + 1], past_key_values=cache, use_cache=True).logits[:, -1])
+
+        say(0, 18)
+        for n in backs:
+            cache.crop(-n)
+            say(18, 19)
+        say(19, 23)
+        return torch.cat(out)
+
+    with foveate.use(model, text):
+        want = talk()
+    handle = counting(model, text)
+    torch.testing.assert_close(talk(), want, atol=1e-4, rtol=1e-4)
+    assert handle.graphs.recorded[:4] == [2, 6, 7, 8] and handle.graphs.replays >= 10
+    handle.remove()
+
+
+@torch.no_grad()
+def test_a_gate_that_opens_within_a_draft(monkeypatch):
+    """The first step of a draft is dense, so nothing makes a set; the graph of an earlier draft would use that one's."""
+    for module in ("runtime", "adapters.graphs"):
+        monkeypatch.setattr(f"foveate.{module}.pay_off", lambda *a: payoff.PayOff(70, "of this test"))
+    model, ids, backs = tiny(num_hidden_layers=2), tokens(1, 60), (0, 4, 4, 4, 4, 4, 4, 4)  # from 65 on one token a cycle
+    with foveate.use(model, PILLAR, gate=True):
+        want, _ = cycles(model, ids, backs)
+    handle = counting(model, PILLAR, gate=True)
+    got, _ = cycles(model, ids, backs)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert handle.graphs.replays >= 6
     handle.remove()
 
 

@@ -27,10 +27,11 @@ def test_a_dry_run_writes_a_cycle_and_its_parts(tmp_path, monkeypatch, capsys):
     assert 0 < parts <= cycle["ms"]["max"] and capsys.readouterr().out.count("140 tokens, batch 2") == 5
 
 
-@pytest.mark.parametrize(
-    "options,word", [(["--accepted", "9"], "--accepted: expected 0 to 8"), (["--cycles", "80"], "--cycles")]
-)
+@pytest.mark.parametrize("options,word", [
+    (["--tiny", "--accepted", "9"], "--accepted: expected 0 to 8"), (["--tiny", "--cycles", "80"], "--cycles"),
+    (["--ways", "graph"], "--ways: expected some of graphs, compiled, tuned, plain, got graph"),
+])  # fmt: skip
 def test_refusals(options, word, capsys):
     with pytest.raises(SystemExit):
-        speculate_run.main(["--tiny", *options])
+        speculate_run.main(options)
     assert word in capsys.readouterr().err

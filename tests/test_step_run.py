@@ -106,3 +106,9 @@ def test_launches_are_told():
     assert said[-2].startswith("   0.016 ms between 17 launches; 0.100 of 0.116 ms busy")
     assert said[-1] == "a layer in its order: product | norm" and len(said) == 5
     assert step_run.told([], 8) == ["the profiler saw no launch"]
+
+
+def test_more_steps_than_a_context_has_room_for_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        step_run.main(["--tiny", "--steps", "487"])
+    assert "--steps: expected at most 486" in capsys.readouterr().err

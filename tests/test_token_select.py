@@ -283,6 +283,24 @@ def test_raw_keys_follow_the_cache():
     steps(drive, 50, 52)
 
 
+def test_raw_keys_of_a_text_that_was_replaced_while_rows_were_short():
+    """Dense steps in between do not ask for the keys, and the first that does has the number after the last one's."""
+    q, k, v = qkv(1, 4, 2, 80)
+    drive = Drive(Recipe.of(f"prefill=dense+decode={SMALL}"))
+    drive(*(t[:, :, :40] for t in (q, k, v)))
+    for i in range(40, 46):  # rows of up to 44 tokens are dense
+        drive(*(t[:, :, i : i + 1] for t in (q, k, v)))
+    assert drive.cache.batch[KEYS].step == 5
+    drive.cache.truncate(10)
+    drive(*(t[:, :, 60:62] for t in (q, k, v)))
+    for i in range(62, 69):
+        drive(*(t[:, :, i : i + 1] for t in (q, k, v)))
+    x = drive.last[0]
+    assert x.step == 6 and x.kv.capacity == 45
+    held = drive.cache.batch[KEYS].data[:, :, :45]
+    torch.testing.assert_close(held, raw_keys(x.kv, drive.info.rope), atol=1e-5, rtol=1e-5)
+
+
 def test_captured_steps():
     model, ids = tiny(), tokens(2, 50)
     recipe = "prefill=dense+decode=token_select:sink=4,local=16,budget=12,chunk=16"

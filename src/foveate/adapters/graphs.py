@@ -141,7 +141,9 @@ class Graphs:
         at = torch.full_like(ids, cache.get_seq_length()) if at is None else at  # as the model counts, padding included
         step = cache.layers[0].cache.steps
         stores = "/".join(s.phase() for s in held.stores)
-        phase, drops = f"{self._phase(step)}; {stores}; {self._gates(held, ids.device)}", self._drops(step)
+        gates = self._gates(held, ids.device)
+        phase, drops = f"{self._phase(step)}; {stores}; {gates}", self._drops(step)
+        held.gated(gates, step)
         if self.layers is not None and (why := self.layers.trial(self.forward, held.ids, held.at)) is not None:
             self._plain(why)
         joined = phase not in held.graphs and held.join(cache)  # then stores append by another kernel than before
@@ -231,7 +233,7 @@ class Captured:
     Attributes:
         stores: one a layer; graphs hold their addresses. ids, at: `[B, 1]`, token and position of the step.
         warm: phases that ran once. graphs: phase -> (graph, its logits `[B, 1, V]`). memory: where the methods' tensors
-            were when the last one was recorded.
+            were when the last one was recorded. gates: what the length gates said of the last step.
     """
 
     def __init__(self, cache: ContextCache, ids: Tensor):
@@ -245,6 +247,7 @@ class Captured:
         self.warm: set[str] = set()
         self.graphs: dict[str, tuple[Any, Tensor]] = {}
         self.memory: list[tuple[int, ...]] = []
+        self.gates = ""
         self.pool = self._pool()
         self.rows = [(s, s.seen_now) for s in self.stores]  # reordered rows have new tensors
 
@@ -264,6 +267,14 @@ class Captured:
                 self.warm.clear()
             for s in self.stores:
                 s.moved = False
+
+    def gated(self, gates: str, step: int) -> None:
+        """Steps that a gate keeps dense ask no method. Where it opens behind the first one after a call of several tokens,
+        graphs of an earlier call would go on with what that one's first step remembered: drop them."""
+        if step and gates != self.gates and any(s.stays for s in self.stores):
+            self.clear()
+            self.warm.clear()
+        self.gates = gates
 
     def fits(self, cache: ContextCache) -> bool:
         """The cache still has these stores, as they were, and room for a token."""

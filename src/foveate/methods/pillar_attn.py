@@ -116,8 +116,8 @@ class PillarAttn(Method):
 
     @staticmethod
     def _missed(held: Held, seen: list[Any]) -> bool:
-        """The set was made by a replayed step, so what the host counts is the age of an earlier one: make it again."""
-        return bool(held.passes) and held.passes != [getattr(s, "name", None) for s in seen]
+        """A pass came since the set whose age the host counts, maybe a replayed step's set, too: make it again."""
+        return held.passes != _names(seen)
 
     def _due(self, step: int, held: Held) -> bool:
         """Whether a dense step makes the next set: by the tokens since the pass, later by the step's number alone."""
@@ -134,9 +134,7 @@ class PillarAttn(Method):
         m = x.kv.capacity
         score = torch.cat([pad(s.score, (0, m - s.score.shape[-1])) for s in rows])  # or cut, after a rollback
         first, above, since = torch.cat([s.first for s in rows]), min(s.above for s in rows), rows[0].since
-        held = self._select(x, state, score, first, above - 1, since - 1, since)  # this step is counted again
-        held.passes = [s.name for s in rows]
-        return held
+        return self._select(x, state, score, first, above - 1, since - 1, since)  # this step is counted again
 
     def _look(self, x: AttnInput, state: State) -> None:
         """A dense step: its query's probabilities make the next set."""
@@ -160,10 +158,15 @@ class PillarAttn(Method):
             index = entries.gather(-1, slots.long())
         else:
             index, count = compact(top_k(score, k, valid=x.kv.exists() & (x.kv.positions() < first[..., None])))
-        place = self.draft if ago or x.step % (self.draft + 1) == self.draft else 0
-        held = Held(first.clone(), above, since, index=index[..., :most].contiguous(), count=count, place=place)
+        held = Held(first.clone(), above, since, index=index[..., :most].contiguous(), count=count)
+        old = state.layer.get(HELD)
+        held.sure, held.draft, held.passes = above, self.draft, _names([row.get(SEEN) for row in state.rows])
+        if ago or x.step % (self.draft + 1) == self.draft:
+            held.place = self.draft
+        elif x.step and isinstance(old, Held):
+            held.place = old.place  # recorded steps go by it
         held.number = x.step - 1 if ago else x.step  # a set that was taken serves this very step
-        state.layer[HELD] = held = held.into(state.layer.get(HELD))
+        state.layer[HELD] = held = held.into(old)
         return held
 
 
@@ -241,13 +244,31 @@ class Seen(Pass):
 
 @dataclass
 class Held(Pass):
-    """The set in use. index: int32 `[B, G, C]`, entries. count: int32 `[B, G]`. place: of a round's dense step. passes:
-    names of the passes that it was made from, a row each; none if a dense step made it."""
+    """The set in use. index: int32 `[B, G, C]`, entries. count: int32 `[B, G]`. place: of a round's dense step, rounds
+    being draft + 1 steps. sure: `above`, or less where a replayed dense step may have made the set anew. passes: names of
+    the last passes before it, a row each, None where there was none."""
 
     index: Tensor = field(kw_only=True)
     count: Tensor = field(kw_only=True)
-    place: int = field(kw_only=True)
+    sure: int = field(default=0, kw_only=True)
+    place: int = field(default=0, kw_only=True)
+    draft: int = field(default=1, kw_only=True)
     passes: list[object] = field(default_factory=list, kw_only=True)
+
+    def step(self, number: int) -> None:
+        self.sure += number - self.number
+        super().step(number)
+
+    def passed(self, number: int) -> None:
+        super().passed(number)
+        newest = number - (number - self.place) % (self.draft + 1)  # the last dense step
+        if newest >= self.draft:
+            self.sure = min(self.sure, number - newest)
+
+    def truncate(self, n: int) -> None:
+        super().truncate(n)
+        self.sure -= n
+        self.alive = self.alive and self.sure >= 0
 
     def into(self, old: Any) -> Held:
         """This set in the memory of an old one of its shape, which captured steps read, or in its own."""
@@ -262,9 +283,13 @@ class Held(Pass):
         return replace(self, first=self.first.clone(), index=self.index.clone(), count=self.count.clone())
 
     def reorder(self, index: Tensor) -> None:
-        self.passes = [self.passes[i] for i in index.tolist()] if self.passes else []
+        self.passes = [self.passes[i] for i in index.tolist()]
         index = index.to(self.index.device)
         self.index, self.count, self.first = (t.index_select(0, index) for t in (self.index, self.count, self.first))
+
+
+def _names(seen: list[Any]) -> list[object]:
+    return [getattr(s, "name", None) for s in seen]
 
 
 def _takes(old: Tensor, new: Tensor) -> bool:

@@ -92,7 +92,8 @@ class RecycledAttention(Method):
         valid = None if plain else x.kv.exists()
         have = x.kv.lengths() if valid is None else valid.sum(-1)  # [B, G]
         if self.budget is None:
-            width, limit = int(x.kv.capacity * self.fraction), (have * self.fraction).long().clamp(min=1)
+            # In fp64 as on the host: a set larger than its list would push the newest token out of `extend`.
+            width, limit = int(x.kv.capacity * self.fraction), (have.double() * self.fraction).long().clamp(min=1)
         else:
             width, limit = self.budget, torch.full_like(have, self.budget)
         entries, rank, count = best(score, max(1, width), valid=valid, length=have if plain else None)

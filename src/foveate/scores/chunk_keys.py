@@ -8,6 +8,7 @@ outputs attends once more to its keys, and what comes out, a mixture of keys, st
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,7 @@ class ChunkKeys:
     Attributes:
         size: tokens of a chunk. data: `[B, H, room, D]`. done: tokens covered by `add`. call: the last call it covered.
         recent: `[B, H, 2 size, D]`, queries rotated at their place in their chunk. at: int64 `[B, 2 size]`, their
-            positions, -1 for none.
+            positions, -1 for none. steps, gone: decode steps and tokens rolled back since `add`.
     """
 
     def __init__(self, size: int):
@@ -68,7 +69,7 @@ class ChunkKeys:
         self.data: Tensor | None = None
         self.recent: Tensor | None = None
         self.at: Tensor | None = None
-        self.done = 0
+        self.done = self.steps = self.gone = 0
         self.call: tuple[int, int] | None = None
 
     def add(self, x: AttnInput) -> None:
@@ -91,7 +92,8 @@ class ChunkKeys:
         rows = x.q[:, :, max(0, n - 2 * size) :]
         self.recent[:, :, last % (2 * size)] = moved(rows, x.rope, last[None], last[None] % size)
         self.at[:, last % (2 * size)] = last
-        self.done, self.call = end, (x.start, end)
+        self.done, self.steps, self.gone, self.call = end, 0, 0, (x.start, end)
+        self._forget(end)
 
     def step(self, x: AttnInput, skip: bool = False, write: Callable[[Tensor, Tensor], None] | None = None) -> None:
         """Cover a decode step: keep its queries and renew the key of each row's newest complete chunk, unless `skip`.
@@ -143,13 +145,18 @@ class ChunkKeys:
 
     # ------------------------------------------------------------------ with the cache
     def truncate(self, n: int) -> None:
-        """What follows the new end is written again before it is read."""
+        """Keys behind the new end are written again before they are read; queries may not be, so they are forgotten."""
         self.call = None
+        self.gone += n
+        if self.done:  # of one row
+            self._forget(self.done + self.steps - self.gone)
+
+    def passed(self, number: int) -> None:
+        self.steps = number + 1
 
     def fork(self) -> ChunkKeys:
-        out = ChunkKeys(self.size)
+        out = copy.copy(self)
         out.data, out.recent, out.at = (None if t is None else t.clone() for t in (self.data, self.recent, self.at))
-        out.done, out.call = self.done, self.call
         return out
 
     def reorder(self, index: Tensor) -> None:
@@ -158,6 +165,11 @@ class ChunkKeys:
                 setattr(self, name, t.index_select(0, index.to(t.device)))
 
     # ------------------------------------------------------------------ inside
+    def _forget(self, end: int) -> None:
+        """Queries from position `end` on are of a text that is no more: other tokens may stand there, of queries unknown."""
+        if self.at is not None:
+            self.at = self.at.masked_fill(self.at >= end, -1)  # a roll-back may not write to a tensor of inference mode
+
     def _begin(self, x: AttnInput, chunks: int) -> None:
         """Make room for so many chunks."""
         b, h, _, d = x.q.shape

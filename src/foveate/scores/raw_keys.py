@@ -49,12 +49,12 @@ def group_logits(q: Tensor, keys: Tensor) -> Tensor:
 class RawKeys:
     """`raw_keys` of a layer, brought up to date by one entry per decode step.
 
-    The first step after a prompt, and any step that does not follow the last one, reads all keys; every other one only
-    the newest of each row, so a rolled-back entry is simply written again. It takes as much memory as the keys and
-    lives in `state.layer`. Nothing waits for the device.
+    The first step after a prompt or a roll-back, and any step that does not follow the last one, reads all keys; every
+    other one only the newest of each row. It takes as much memory as the keys and lives in
+    `state.layer`. Nothing waits for the device.
 
     Attributes:
-        data: `[B, G, room, D]`. step: the decode step of the last update.
+        data: `[B, G, room, D]`. step: the decode step of the last update, -1: the next one reads all keys.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,9 @@ class RawKeys:
 
     # ------------------------------------------------------------------ with the cache
     def truncate(self, n: int) -> None:
-        """What follows the new end is written again before it is read."""
+        """The next step reads all keys. Numbers of steps begin anew after a call of several tokens, and the first steps may
+        run without the method: one that seems to follow the last update need not."""
+        self.step = -1
 
     def fork(self) -> RawKeys:
         out = RawKeys()

@@ -10,14 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _turned(x, own, other, partner, d, ok):
-    """x[d] * own[d] + x[partner[d]] * other[d], fp32, of one vector: see `rotate.turn`."""
-    pair = tl.load(partner + d, mask=ok, other=0)
-    mine = tl.load(x + d, mask=ok, other=0.0).to(tl.float32)
-    theirs = tl.load(x + pair, mask=ok, other=0.0).to(tl.float32)
-    return mine * tl.load(own + d, mask=ok, other=0.0) + theirs * tl.load(other + d, mask=ok, other=0.0)
+from .ranked_steps import _turned
 
 
 @triton.jit(do_not_specialize=["chunks"])

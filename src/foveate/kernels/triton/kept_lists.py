@@ -74,8 +74,8 @@ def extend(
     Args:
         entries: int32 `[B, G, K]`, ascending, each below begin. begin: int64 `[B]`, the first token that follows them.
         q_pos: int64 `[B, 1]`, the newest token. more: tokens there is room for.
-        used: int32 `[B, G]`, how many of each list count; or rank int32 `[B, G, K]` (0 the best) and limit int64 `[B, G]`:
-            with the tokens since, a set keeps `limit` members and the newest token.
+        used: int32 `[B, G]`, how many of each list count; or rank int32 `[B, G, K]` (0 the best) and limit int64 `[B, G]`
+            (at most K): with the tokens since, a set keeps `limit` members and the newest token.
     """
     b, g, n = entries.shape
     out = torch.empty(b, g, n + more, dtype=torch.int32, device=entries.device)
