@@ -19,14 +19,18 @@ DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, work: Work, scale: float) -> tuple[Tensor, Tensor]:
     """(out with the strides of q, lse fp32 `[B, H, N]`). `work` is fresh from `prepare`: its counter is 0."""
-    if scale <= 0:  # the running maximum is taken before scaling
-        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
-    q, k, v = readable(q), readable(k), readable(v)
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    q, k, v, out, lse, scale = opened(q, k, v, scale)
     args, options = arguments(q, k, v, out, lse, layout, work, scale)
     attend_kernel[(min(grid(q, work), _multiprocessors(q.device)),)](*args, **options)
     return out, lse
+
+
+def opened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+    """q, k, v as TMA can read them, room for out and lse, and a scale above 0: the running maximum comes before scaling."""
+    if scale <= 0:
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    q, k, v = readable(q), readable(k), readable(v)
+    return q, k, v, torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device), scale
 
 
 def grid(q: Tensor, work: Work) -> int:

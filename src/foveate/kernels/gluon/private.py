@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import Layout
-from .launch import DTYPES, _descriptor, _multiprocessors, readable
+from .launch import DTYPES, _descriptor, _multiprocessors, opened
 from .prepare import lists
 from .private_kernel import private_kernel
 from .shim import shared_layout
@@ -114,11 +114,7 @@ def prepare(layout: Layout, device: torch.device) -> Private:
 
 def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, work: Private, scale: float) -> tuple[Tensor, Tensor]:
     """(out with the strides of q, lse fp32 `[B, H, N]`). `work` is fresh from `prepare`: its counter is 0."""
-    if scale <= 0:  # the running maximum is taken before scaling
-        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
-    q, k, v = readable(q), readable(k), readable(v)
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    q, k, v, out, lse, scale = opened(q, k, v, scale)
     args, options = arguments(q, k, v, out, lse, layout, work, scale)
     private_kernel[(min(grid(q, layout), _multiprocessors(q.device)),)](*args, **options)
     return out, lse

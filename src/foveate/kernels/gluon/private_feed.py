@@ -21,6 +21,7 @@ from .shim import (
     partition_barrier,
     tma_load,
 )
+from .tile import place
 
 WORDS = gl.constexpr(8)  # words of a tile: steps, masked, tail, query block, batch row, head
 
@@ -32,24 +33,11 @@ def entry(it, WG: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _place(t, H, G, NQ):
-    """(batch row, head, kv head, query block) of tile t: kv heads outermost, late query blocks first, then the group."""
-    group = H // G
-    size = group * NQ
-    bg = t // size
-    r = t - bg * size
-    back = r // group
-    b = bg // G
-    g = bg - b * G
-    return b, g * group + (r - back * group), g, NQ - 1 - back
-
-
-@gluon.jit
 def _open(t, lists, strides, share, T, H, G, NQ, COLS: gl.constexpr):
     """Of tile t: its place (b, h, g, block), its lists of tiles and columns (pointers), the tiles it uses, how many of them,
     from the last on, are masked, the columns it uses, and the whole steps of them that need no mask."""
     tiles_ptr, plan_ptr, cols_ptr = lists
-    b, h, g, block = _place(gl.minimum(t, T - 1), H, G, NQ)
+    b, h, g, block = place(gl.minimum(t, T - 1), H, G, NQ, 128)  # one head a tile
     head = h // share
     PLAN: gl.constexpr = 4 if COLS else 2
     at = plan_ptr + PLAN * ((b * strides[3] + head) * NQ + block)

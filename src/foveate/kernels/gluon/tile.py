@@ -4,7 +4,7 @@ from .shim import gl, gluon
 
 
 @gluon.jit
-def _place(t, H, G, NQ, BLOCK: gl.constexpr):
+def place(t, H, G, NQ, BLOCK: gl.constexpr):
     """(batch row, head, kv head, query block) of tile t: kv heads outermost, late query blocks first, then the group.
 
     A tile of 64-row blocks holds one block of two neighbouring heads, of which `head` is the first.
@@ -66,7 +66,7 @@ def open_tile(t, lists, strides, share, T, H, G, NQ, N, M, CAUSAL: gl.constexpr,
     tiles, columns used) of lists with columns.
     """
     tiles_ptr, plan_ptr, cols_ptr = lists
-    b, h, g, block = _place(gl.minimum(t, T - 1), H, G, NQ, BLOCK)
+    b, h, g, block = place(gl.minimum(t, T - 1), H, G, NQ, BLOCK)
     head = h // share
     row = tiles_ptr
     cols = cols_ptr
