@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from foveate.bench import results
 from foveate.bench.results import Row
 from foveate.kernels.triton import estimate_launch as kernels
+from foveate.kernels.triton import estimate_lowbit_launch as lowbit
 from foveate.kv import KV
 from foveate.methods.anchor_attention import AnchorAttention
 from foveate.methods.base import AttnInput, State
@@ -100,6 +101,37 @@ def estimators(x: AttnInput) -> dict[str, Call]:
     }
 
 
+def logits(x: AttnInput) -> Call:
+    """Integer keys, and the logits of all pairs against bars: sale's plan without its sums and lists."""
+    q, k, n = x.q[0], x.kv.k[0], x.q.shape[2]
+    mean, centre = lowbit.means(q), lowbit.means(k)
+    bar = torch.full((H, n), 6.0, device=q.device)
+    words = torch.zeros(H, n // 64, n // 1024, dtype=torch.int32, device=q.device)
+    how: dict[str, Any] = dict(start=0, scale=x.scale, share="fragment", bits=4)
+
+    def call() -> Any:
+        for g in range(G):
+            at = slice(g * H // G, (g + 1) * H // G)
+            same = q[at], k[g : g + 1], centre[g : g + 1], mean[at], bar[at], words[at]
+            lowbit.block_bits(*same, (64, 32, 128, 128), 32, **how)
+        return words
+
+    return call
+
+
+def by_triton(call: Call) -> Call:
+    """The same call with sale's logits from Triton's kernel."""
+
+    def plain() -> Any:
+        before, lowbit.HOPPER = lowbit.HOPPER, False
+        try:
+            return call()
+        finally:
+            lowbit.HOPPER = before
+
+    return plain
+
+
 def block_mass(x: AttnInput) -> Call:
     """Means, probabilities of blocks, and lists that hold 0.9 of each row: only fused."""
 
@@ -174,6 +206,10 @@ def case(n: int, rounds: int) -> list[Row]:
         if n <= LONG or not name.startswith(SLOW):
             calls[f"{name}: torch"] = without_kernels(call)
         calls[f"{name}: fused"] = call
+        if name.startswith("plan of sale"):
+            calls[f"{name}, logits by Triton: fused"] = by_triton(call)
+    calls["sale's logits, by Gluon on Hopper: fused"] = logits(x)
+    calls["sale's logits, by Triton: fused"] = by_triton(logits(x))
     calls["means of blocks of 128, probabilities, 0.9 of a row's mass: fused"] = block_mass(x)
     held: dict[str, float] = {}
     listed: dict[str, float] = {}

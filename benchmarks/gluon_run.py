@@ -12,12 +12,9 @@ cudaProfilerStart and Stop (for `ncu --profile-from-start off`).
 from __future__ import annotations
 
 import argparse
-import contextlib
-import faulthandler
 import math
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
+from forward_lists import backend, checked, cudnn, limit, timed  # noqa: E402
 from gluon_cases import CASES, DEVICE, DTYPE, B, Case, G, H, Named, small  # noqa: E402
 
 from foveate.bench import results  # noqa: E402
@@ -56,39 +54,6 @@ class Problem:
         self.q, self.k, self.v = (torch.randn(B, x, n, d, device=DEVICE, dtype=DTYPE) for x in (H, G, G))
         self.case, self.scale = case, 1 / math.sqrt(d)
 
-    def tflops(self, ms: float) -> float:
-        return 4 * self.case.d * self.pairs / ms / 1e9
-
-    def error(self, out: torch.Tensor, lse: torch.Tensor | None, tiles: int = 7) -> tuple[float, float]:
-        """(relative error, largest difference) of sampled query blocks against fp64 softmax on the same inputs.
-
-        NaN if any element of out is, or if a sampled lse is off by more than 1e-3.
-        """
-        n, width = self.case.n, self.case.width
-        if not bool(torch.isfinite(out.float()).all()):
-            return math.nan, math.nan
-        gen = torch.Generator().manual_seed(1)
-        nq = n // 128
-        picks = [(0, 0), (H - 1, nq - 1)]
-        picks += [
-            (int(torch.randint(H, (1,), generator=gen)), int(torch.randint(nq, (1,), generator=gen))) for _ in range(tiles)
-        ]
-        off = size = largest = 0.0
-        for h, block in picks:
-            rows = torch.arange(block * 128, block * 128 + 128, device=DEVICE)
-            seen = self.mask[h, block].repeat_interleave(width) & (torch.arange(n, device=DEVICE) <= rows[:, None])
-            end = block * 128 + 128  # no key beyond is seen
-            s = self.q[0, h, rows].double() @ self.k[0, h * G // H, :end].double().T * self.scale
-            s = s.masked_fill(~seen[:, :end], float("-inf"))
-            want = torch.softmax(s, -1) @ self.v[0, h * G // H, :end].double()
-            diff = out[0, h, rows].double() - want
-            off += float(diff.square().sum())
-            largest = max(largest, float(diff.abs().max()))
-            size += float(want.square().sum())
-            if lse is not None and float((lse[0, h, rows].double() - torch.logsumexp(s, -1)).abs().max()) > 1e-3:
-                return math.nan, math.nan
-        return math.sqrt(off / size), largest
-
 
 class NamedProblem:
     """The same for a `Named` case."""
@@ -101,41 +66,6 @@ class NamedProblem:
         torch.manual_seed(n)
         self.q, self.k, self.v = (torch.randn(B, x, n, d, device=DEVICE, dtype=DTYPE) for x in (H, G, G))
         self.case, self.scale = case, 1 / math.sqrt(d)
-
-    def error(self, out: torch.Tensor, lse: torch.Tensor | None, tiles: int = 7) -> tuple[float, float]:
-        """As `Problem.error`."""
-        if not bool(torch.isfinite(out.float()).all()):
-            return math.nan, math.nan
-        n = self.case.n
-        gen = torch.Generator().manual_seed(1)
-        picks = [(0, 0), (H - 1, n // 128 - 1)]
-        picks += [tuple(int(torch.randint(x, (1,), generator=gen)) for x in (H, n // 128)) for _ in range(tiles)]
-        off = size = largest = 0.0
-        for h, block in picks:
-            rows = torch.arange(block * 128, block * 128 + 128, device=DEVICE)
-            end = block * 128 + 128  # no key beyond is seen
-            seen = self._head(h).to_mask(rows=rows)[0, 0, :, :end]
-            s = self.q[0, h, rows].double() @ self.k[0, h * G // H, :end].double().T * self.scale
-            s = s.masked_fill(~seen, float("-inf"))
-            want = torch.softmax(s, -1) @ self.v[0, h * G // H, :end].double()
-            diff = out[0, h, rows].double() - want
-            off += float(diff.square().sum())
-            largest = max(largest, float(diff.abs().max()))
-            size += float(want.square().sum())
-            if lse is not None and float((lse[0, h, rows].double() - torch.logsumexp(s, -1)).abs().max()) > 1e-3:
-                return math.nan, math.nan
-        return math.sqrt(off / size), largest
-
-    def _head(self, h: int) -> Layout:
-        """The layout of one head."""
-
-        def cut(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else t[:, h * t.shape[1] // H][:, None]
-
-        names = ("tiles", "tile_count", "entries", "entry_count", "diagonals", "diagonal_count", "columns", "column_count",
-                 "sink", "window")  # fmt: skip
-        shape = (B, 1, self.case.n, self.case.n)
-        return replace(self.layout, shape=shape, **{name: cut(getattr(self.layout, name)) for name in names})
 
 
 # ---------------------------------------------------------------------- implementations: Problem -> (call, result)
@@ -154,34 +84,10 @@ def gluon_kernel(p: Problem):
     return call
 
 
-def module(name: str):
-    """A backend as `attend` calls it, planning of the lists included."""
-
-    def build(p: Problem):
-        kv, want = KV.dense(p.k, p.v), Want(lse=True)
-        backend = dispatch.backend(name)
-        if (why := backend.supports(p.q, kv, p.layout, want)) is not None:
-            raise RuntimeError(why)
-        return lambda: backend.forward(p.q, kv, p.layout, scale=p.scale, softcap=0.0, want=want)[:2]
-
-    return build
-
-
 def dense_layout(p: Problem):
     """Dense causal without lists, by this kernel."""
     kv, layout = KV.dense(p.k, p.v), Layout.dense(B, H, p.case.n, p.case.n)
     return lambda: gluon.forward(p.q, kv, layout, scale=p.scale, softcap=0.0, want=Want(lse=True))[:2]
-
-
-def cudnn(p: Problem):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
-    def call():
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(p.q, p.k, p.v, is_causal=True, enable_gqa=True), None
-
-    return call
 
 
 def fa4(p: Problem):
@@ -225,7 +131,7 @@ def fa4_dense(p: Problem):
     return call
 
 
-LISTS = {"gluon kernel": gluon_kernel, "gluon": module("gluon"), "triton": module("triton"), "fa4": fa4}
+LISTS = {"gluon kernel": gluon_kernel, "gluon": backend("gluon"), "triton": backend("triton"), "fa4": fa4}
 DENSE = {"gluon dense": dense_layout, "cudnn": cudnn, "fa4 dense": fa4_dense}
 
 
@@ -240,24 +146,6 @@ def implementations(case: Case | Named):
 
 
 # ---------------------------------------------------------------------- phases
-@contextlib.contextmanager
-def limit(seconds: int, what: str):
-    """Ends the process if the block takes longer: a hanging kernel cannot be interrupted any other way."""
-    print(f"# {what}", flush=True)
-    faulthandler.dump_traceback_later(seconds, exit=True)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-def poison(p: Problem) -> None:
-    """Fill the allocator's free blocks that the next output will come from with NaN."""
-    waste = [torch.full_like(p.q, float("nan")), torch.full(p.q.shape[:3], float("nan"), device=DEVICE)]
-    torch.cuda.synchronize()
-    del waste
-
-
 def what(layout: Layout) -> str:
     parts = [name for name in ("tiles", "entries", "diagonals", "columns", "window") if getattr(layout, name) is not None]
     return " + ".join(parts) + (f" of {layout.tile_width}" if layout.tiles is not None else "") or "dense"
@@ -287,28 +175,11 @@ def tiny(cases: list[Case | Named]) -> None:
 
 
 def measure(case: Case | Named, rounds: int, rep: int, profile: bool, check_only: bool) -> list[results.Row]:
-    from triton.testing import do_bench
-
     with limit(120, f"{case.name}: lists and inputs"):
         p = NamedProblem(case) if isinstance(case, Named) else Problem(case)
         torch.cuda.synchronize()
-    calls, errors = {}, {}
-    for name, build in implementations(case).items():
-        with limit(120, f"{case.name}: {name}"):
-            try:
-                call = build(p)
-                poison(p)
-                out, lse = call()
-                torch.cuda.synchronize()
-            except Exception as err:
-                print(f"#   {name} left out: {type(err).__name__}: {str(err)[:200]}", flush=True)
-                continue
-            same_work = name in LISTS or case.full
-            relative, errors[name] = p.error(out, lse) if same_work else (0.0, None)
-            if not relative < 1e-2:
-                print(f"#   {name} is WRONG: relative error {relative}", flush=True)
-                continue
-            calls[name] = call
+    builds = implementations(case)
+    calls, errors = checked(case.name, p, builds, builds if case.full else LISTS)
     if profile:
         for name, call in calls.items():
             print(f"ORDER {case.name}: {name}", flush=True)
@@ -318,14 +189,9 @@ def measure(case: Case | Named, rounds: int, rep: int, profile: bool, check_only
             torch.cuda.profiler.stop()
     if profile or check_only:
         return []
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            with limit(90, f"{case.name}: time {name}"):
-                times[name].append(do_bench(call, warmup=25, rep=rep, quantiles=[0.5]))
     dense = case.n * (case.n + 1) / 2 * H
     rows = []
-    for name, samples in times.items():
+    for name, samples in timed(case.name, calls, rounds, rep).items():
         ms = results.spread(samples)
         same_work = name in LISTS or case.full
         work, density = (p.pairs, p.density) if same_work else (dense, 1.0)

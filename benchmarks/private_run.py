@@ -13,13 +13,10 @@ memory full of NaN. TFLOP/s count kept pairs. `L2` is the rate at which tiles an
 from __future__ import annotations
 
 import argparse
-import contextlib
-import faulthandler
 import math
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,10 +24,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
+from forward_lists import Build, Call, backend, checked, cudnn, limit, timed  # noqa: E402
+
 from foveate.bench import results, workloads  # noqa: E402
-from foveate.kernels import dispatch  # noqa: E402
-from foveate.kernels.base import Want  # noqa: E402
-from foveate.kv import KV  # noqa: E402
 from foveate.layout import Layout  # noqa: E402
 
 H, G, D = 32, 8, 128
@@ -82,41 +78,11 @@ class Problem:
         self.read = keys * 4 * D  # bytes of K and V that tiles of `block` rows bring into shared memory
         torch.manual_seed(n)
         self.q, self.k, self.v = (torch.randn(1, x, n, D, device=DEVICE, dtype=torch.bfloat16) for x in (H, G, G))
-
-    def error(self, out: torch.Tensor, lse: torch.Tensor, blocks: int = 9) -> tuple[float, float]:
-        """(relative error, largest difference) of sampled query blocks against fp64 softmax on the same inputs; NaN if
-        any element of out is, or if a sampled lse is off by more than 1e-3."""
-        if not bool(torch.isfinite(out.float()).all()):
-            return math.nan, math.nan
-        n, rows = self.case.n, self.case.block
-        gen = torch.Generator().manual_seed(1)
-        picks = [(0, 0), (H - 1, n // rows - 1)]
-        picks += [tuple(int(torch.randint(x, (1,), generator=gen)) for x in (H, n // rows)) for _ in range(blocks - 2)]
-        off = size = largest = 0.0
-        for h, block in picks:
-            at = torch.arange(block * rows, block * rows + rows, device=DEVICE)
-            end = int(at[-1]) + 1  # no key beyond is seen
-            seen = self._head(h).to_mask(rows=at)[0, 0, :, :end]
-            s = self.q[0, h, at].double() @ self.k[0, h * G // H, :end].double().T / math.sqrt(D)
-            s = s.masked_fill(~seen, float("-inf"))
-            want = torch.softmax(s, -1) @ self.v[0, h * G // H, :end].double()
-            diff = out[0, h, at].double() - want
-            off += float(diff.square().sum())
-            largest = max(largest, float(diff.abs().max()))
-            size += float(want.square().sum())
-            if float((lse[0, h, at].double() - torch.logsumexp(s, -1)).abs().max()) > 1e-3:
-                return math.nan, math.nan
-        return math.sqrt(off / size), largest
-
-    def _head(self, h: int) -> Layout:
-        """The layout of one head."""
-        names = ("tiles", "tile_count", "entries", "entry_count")
-        cut = {x: None if (t := getattr(self.layout, x)) is None else t[:, h * t.shape[1] // H][:, None] for x in names}
-        return replace(self.layout, shape=(1, 1, self.case.n, self.case.n), **cut)
+        self.scale = 1 / math.sqrt(D)
 
 
 # ---------------------------------------------------------------------- implementations: Problem -> call
-def kernel(p: Problem) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+def kernel(p: Problem) -> Call:
     """The Gluon kernel alone, its plan made beforehand (the counter is cleared by a memset each time)."""
     if p.case.block == 64:
         from foveate.kernels.gluon import private as module
@@ -129,90 +95,25 @@ def kernel(p: Problem) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
         work.counter.zero_()
-        return module.run(p.q, p.k, p.v, p.layout, work, 1 / math.sqrt(D))
+        return module.run(p.q, p.k, p.v, p.layout, work, p.scale)
 
     return call
 
 
-def backend(name: str) -> Callable[[Problem], Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
-    """A backend as `attend` calls it, planning of the lists included."""
-
-    def build(p: Problem) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        kv, want, module = KV.dense(p.k, p.v), Want(lse=True), dispatch.backend(name)
-        if (why := module.supports(p.q, kv, p.layout, want)) is not None:
-            raise RuntimeError(why)
-        return lambda: module.forward(p.q, kv, p.layout, scale=1 / math.sqrt(D), softcap=0.0, want=want)[:2]
-
-    return build
-
-
-def cudnn(p: Problem) -> Callable[[], torch.Tensor]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
-    def call() -> torch.Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(p.q, p.k, p.v, is_causal=True, enable_gqa=True)
-
-    return call
-
-
-LISTS = {"gluon kernel": kernel, "gluon": backend("gluon"), "triton": backend("triton")}
+LISTS: dict[str, Build] = {"gluon kernel": kernel, "gluon": backend("gluon"), "triton": backend("triton")}
 
 
 # ---------------------------------------------------------------------- phases
-@contextlib.contextmanager
-def limit(seconds: int, what: str):
-    """Ends the process if the block takes longer: a hanging kernel cannot be interrupted any other way."""
-    print(f"# {what}", flush=True)
-    faulthandler.dump_traceback_later(seconds, exit=True)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-def poison(p: Problem) -> None:
-    """Fill the allocator's free blocks that the next output will come from with NaN."""
-    waste = [torch.full_like(p.q, float("nan")), torch.full(p.q.shape[:3], float("nan"), device=DEVICE)]
-    torch.cuda.synchronize()
-    del waste
-
-
 def measure(case: Case, rounds: int, rep: int, check_only: bool) -> list[results.Row]:
-    from triton.testing import do_bench
-
     with limit(120, f"{case.name}: lists and inputs"):
         p = Problem(case)
         torch.cuda.synchronize()
-    calls: dict[str, Callable[[], object]] = {}
-    errors: dict[str, float | None] = {}
-    for name, build in LISTS.items():
-        with limit(120, f"{case.name}: {name}"):
-            try:
-                call = build(p)
-                poison(p)
-                out, lse = call()
-                torch.cuda.synchronize()
-            except Exception as err:
-                print(f"#   {name} left out: {type(err).__name__}: {str(err)[:200]}", flush=True)
-                continue
-            relative, errors[name] = p.error(out, lse)
-            if not relative < 1e-2:
-                print(f"#   {name} is WRONG: relative error {relative}", flush=True)
-                continue
-            calls[name] = call
+    builds = {**LISTS, "cudnn": cudnn} if case.n <= 32768 else LISTS
+    calls, errors = checked(case.name, p, builds, LISTS, case.block)
     if check_only:
         return []
-    if case.n <= 32768:
-        calls["cudnn"], errors["cudnn"] = cudnn(p), None
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            with limit(90, f"{case.name}: time {name}"):
-                times[name].append(do_bench(call, warmup=25, rep=rep, quantiles=[0.5]))
     rows = []
-    for name, samples in times.items():
+    for name, samples in timed(case.name, calls, rounds, rep).items():
         ms = results.spread(samples)
         pairs, density = (p.pairs, p.density) if name in LISTS else (p.pairs / p.density, 1.0)
         params = {"B": 1, "H": H, "G": G, "N": case.n, "D": D, "dtype": "bf16", "block_q": case.block, "width": case.width}

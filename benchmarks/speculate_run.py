@@ -7,9 +7,11 @@ dense steps.
 Random weights and random caches: what is accepted means nothing, so every cycle keeps `--accepted` of the drafted tokens and
 the one behind them. A cycle is what `foveate.speculate.generate` asks of the model: the drafts one by one, a rollback of
 them, one dense call of draft + 1 tokens, a rollback of those that fall. Its parts are timed by themselves as well, on the
-device and on the host. `token_ms` is a cycle by the tokens it gives; `even_at` is the number of tokens a cycle must give to
-be as fast as dense steps. `captures` counts graphs recorded while the clock ran: 0. `--tiny` is a dry run on the CPU,
-without graphs.
+device and on the host; `verify` is replayed, `verify eager` the same call without its graph, in cycles behind the others.
+`token_ms` is a cycle by the tokens it gives, `token_ms_at` the same were 0, 1, ... of the drafted tokens accepted (what a
+cycle takes hardly depends on it), `gain_at` how many times as fast as dense steps that is; `even_at` is the number of tokens
+a cycle must give to be as fast as those. `captures` counts graphs recorded while the clock ran: 0. `--tiny` is a dry run on
+the CPU, without graphs.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from foveate.bench import results
 
 PARTS = ("draft", "back", "verify", "reject")
 WARM = 4  # cycles before the clock: the third one records the last graph
+EAGER = 4  # cycles whose verification is not replayed, the first of them without the clock
 
 
 class Clock:
@@ -104,7 +107,7 @@ def cycles(
         for _ in range(WARM):
             cycle()
         clock, whole, before = Clock(device), Clock(device), len(recorded)
-        replays = handle.graphs.replays if handle.graphs is not None else 0
+        replays, calls = (handle.graphs.replays, handle.graphs.calls.replays) if handle.graphs is not None else (0, 0)
         for _ in range(times):
             whole("cycle", cycle)
             if device.type == "cuda":
@@ -112,11 +115,20 @@ def cycles(
         facts: dict[str, Any] = {"captures": len(recorded) - before}
         if handle.graphs is not None:
             facts["replays"] = handle.graphs.replays - replays
+            facts["verifications"] = handle.graphs.calls.replays - calls
+            why = "; ".join(handle.notes) or "no reason given"
             if facts["replays"] < draft * times:
-                why = "; ".join(handle.notes) or "no reason given"
                 raise RuntimeError(f"only {facts['replays']} of {draft * times} drafted steps were replayed: {why}")
-        host = {name: statistics.median(ms) for name, ms in (clock.host | whole.host).items()}
-        return clock.ms() | whole.ms(), host, facts
+            if facts["verifications"] < times:
+                raise RuntimeError(f"only {facts['verifications']} of {times} verifications were replayed: {why}")
+        ms, host = clock.ms() | whole.ms(), clock.host | whole.host
+        if handle.graphs is not None:
+            handle.graphs.calls.most = 0
+            for i in range(EAGER):
+                clock = Clock(device) if i < 2 else clock
+                cycle()
+            ms["verify eager"], host["verify eager"] = clock.ms()["verify"], clock.host["verify"]
+        return ms, {name: statistics.median(spent) for name, spent in host.items()}, facts
 
 
 def case(net: Any, b: int, m: int, way: str, args: argparse.Namespace) -> list[results.Row]:
@@ -127,8 +139,12 @@ def case(net: Any, b: int, m: int, way: str, args: argparse.Namespace) -> list[r
     facts |= {"way": way, "draft": args.draft, "accepted": args.accepted, "layers": net.config.num_hidden_layers}
     facts |= {"dense_ms": round(one["median"], 3), "token_ms": round(whole["median"] / (args.accepted + 1), 3)}
     facts["even_at"] = round(whole["median"] / one["median"], 2)
+    facts["token_ms_at"] = " ".join(f"{whole['median'] / (a + 1):.3f}" for a in range(args.draft + 1))
+    facts["gain_at"] = " ".join(f"{one['median'] * (a + 1) / whole['median']:.3f}" for a in range(args.draft + 1))
     rows = [results.Row(name, f"cycle, {way}", facts | {"host_ms": round(host["cycle"], 3)}, whole)]
-    rows += [results.Row(name, f"{p}, {way}", {"host_ms": round(host[p], 3)}, results.spread(ms[p])) for p in PARTS]
+    rows += [
+        results.Row(name, f"{p}, {way}", {"host_ms": round(host[p], 3)}, results.spread(ms[p])) for p in ms if p != "cycle"
+    ]
     for row in rows:
         print(f"{name:26s} {row.impl:20s} {row.ms['median']:9.3f} ms  {row.params}", flush=True)
     return rows
@@ -147,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not 0 <= args.accepted <= args.draft:
         parser.error(f"--accepted: expected 0 to {args.draft} of the drafted tokens, got {args.accepted}")
-    if (need := (args.cycles + WARM) * (args.accepted + 1) + args.draft) > step_run.ROOM:
+    if (need := (args.cycles + WARM + EAGER) * (args.accepted + 1) + args.draft) > step_run.ROOM:
         parser.error(f"--cycles: expected at most {step_run.ROOM} tokens behind the context, got {need}")
     ways = ["plain"] if args.tiny else [way.strip() for way in args.ways.split(",")]
     if unknown := [way for way in ways if way not in step_run.WAYS]:

@@ -57,7 +57,8 @@ KNOBS = {
     "shared 0.25": dict(shared=0.25), "shared 0.6": dict(shared=0.6), "shared 2": dict(shared=2.0),
     "scratch 256M": dict(scratch=256 << 20), "scratch 4G": dict(scratch=4 << 30),
     "rows 128 w8": dict(rows=128, warps=8, regs=None), "rows 128 w8 r128": dict(rows=128, warps=8, regs=128),
-    "rows 64 free": dict(regs=None), "rows 64 s2": dict(stages=2), "rows 64 r128": dict(regs=128),
+    "rows 64 free": dict(regs=None), "rows 64 s2": dict(stages=2), "rows 64 s5": dict(stages=5),
+    "rows 64 r128": dict(regs=128),
     "piece 256": dict(piece=256), "piece 1024": dict(piece=1024), "merge 8": dict(merge=8), "merge 32": dict(merge=32),
     "tile 128 w8": dict(tile=128, tile_warps=8, tile_stages=2), "tile s2": dict(tile_stages=2),
 }  # fmt: skip
@@ -169,17 +170,17 @@ def parts(p: Problem):
     work = tokens.Work(p.q, p.kv, p.layout, p.scale)
     out, (part, part_lse) = torch.empty_like(p.q), work.scratch()
     lse = torch.empty(1, p.case.h, N, device=DEVICE)
-    made = [work.lists(*c) for c in work.chunks()]
+    made = [work.lists(batch) for batch in work.batches()]
+    each = [(x, number) for x in made for number in range(len(x.chunks))]
     used = sum(int(x.counts.sum()) for x in made)
     walked = sum(int(x.shared_count.sum()) for x in made)
-    print(
-        f"#   {used} partial results a head of a group, {walked} shared steps, {len(made)} chunks of {work.size}", flush=True
-    )
+    print(f"#   {used} partial results a head of a group, {walked} shared steps", flush=True)
+    print(f"#   {len(each)} chunks of {work.size}, {len(made)} batches", flush=True)
     return {
-        "lists": lambda: [work.lists(*c) for c in work.chunks()],
-        "partial": lambda: [work.partial(x, part, part_lse) for x in made],
-        "walk": lambda: [work.walk(x, part, part_lse) for x in made],
-        "merge": lambda: [work.merge(x, part, part_lse, out, lse) for x in made],
+        "lists": lambda: [work.lists(batch) for batch in work.batches()],
+        "partial": lambda: [work.partial(*x, part, part_lse) for x in each],
+        "walk": lambda: [work.walk(*x, part, part_lse) for x in each],
+        "merge": lambda: [work.merge(*x, part, part_lse, out, lse) for x in each],
     }
 
 

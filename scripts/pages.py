@@ -180,8 +180,8 @@ def _listed(title: str, lines: tuple[str, ...]) -> str:
 def _options(e: Entry) -> str:
     if not e.options:
         return "It has none."
-    lines = ["| option | default | values |", "| --- | --- | --- |"]
-    lines += [f"| `{o.name}` | {shown(o.default)} | {o.values} |" for o in e.options]
+    lines = ["| option | default | values | what it is |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{o.name}` | {shown(o.default)} | {o.values} | {o.help} |" for o in e.options]
     presets = [f"- `@{k}`: {', '.join(f'`{n}={shown(v)}`' for n, v in values.items())}" for k, values in e.presets.items()]
     return "\n".join(lines) + ("\n\nPresets:\n\n" + "\n".join(presets) if presets else "")
 

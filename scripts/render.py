@@ -1,5 +1,5 @@
-"""Write what is generated: the tables of README.md from the registry and the results, BENCHMARKS.md from
-benchmarks/results/*.json with the drawings in benchmarks/figures, and the break-even lengths that length gates use.
+"""Write what is generated: the tables of README.md from the registry and the results (`front_page.py`), BENCHMARKS.md
+from benchmarks/results/*.json with the drawings in benchmarks/figures, and the break-even lengths that gates use.
 `--check` changes nothing and fails when a file is stale.
 
     python scripts/render.py [--check]
@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "scripts")]
+
+import front_page  # noqa: E402
+import tables  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "benchmarks" / "figures"
 LENGTHS = ROOT / "src" / "foveate" / "assets" / "breakeven.json"
@@ -57,169 +62,6 @@ def drawings(found: dict[str, dict[str, Any]]) -> dict[Path, str]:
     return out
 
 
-# ---------------------------------------------------------------------- README
-def methods_table() -> str:
-    from foveate.registry import METHODS, get
-
-    lines = [
-        "| method | serves | selection | lists per | needs | presets | source |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name in METHODS:
-        m = get(name)
-        share = m.share if isinstance(m.share, str) else "head"
-        presets = ", ".join(f"`@{p}`" for p in m.presets) or "-"
-        lines.append(f"| `{name}` | {', '.join(m.roles)} | {m.selection} | {share} | {m.needs} | {presets} | {m.source} |")
-    return "\n".join(lines)
-
-
-def figures(found: dict[str, dict[str, Any]]) -> str:
-    """The figures README shows, each straight from a row of a result file."""
-    from foveate.bench.tables import compare_table
-
-    out = []
-    if (demo := found.get("cpu_compare")) is not None:
-        facts, rows = demo["facts"], demo["rows"]
-        out.append(
-            f"`foveate compare`, {facts['model']} reading {facts['prompt']}, {facts['dtype']}, {facts['device']} "
-            f"(one run, {facts['date']}):\n\n" + compare_table(rows)
-        )
-    for stem in ("cpu_prefill", "cpu_decode"):
-        if (bench := found.get(stem)) is not None:
-            out.append(f"{bench_title(bench)}:\n\n" + end_to_end_table(bench))
-    if (blocks := found.get("h100_blocks_fa4")) is not None:
-        out.append(
-            f"Block lists on one {blocks['device']}, 32 query and 8 kv heads, D 128, bf16, causal, blocks of 128 queries; "
-            "TFLOP/s over kept pairs, all in one process:\n\n"
-            "![TFLOP/s against density](benchmarks/figures/h100_blocks_fa4.svg)\n\n" + blocks_table(blocks)
-        )
-    if (columns := found.get("h100_columns")) is not None:
-        out.append(
-            f"Tiles and single keys (96 tiles of 64 and 900 keys for each block of queries) on one {columns['device']}, the "
-            "same heads; TFLOP/s over kept pairs:\n\n" + columns_table(columns)
-        )
-    if (pages := found.get("h100_decode_pages")) is not None:
-        out.append(
-            f"One decode step of one layer on one {pages['device']}, 32 query and 8 kv heads, D 128, bf16, 2,048 tokens "
-            "kept, page bounds, selection and attention included, in a CUDA graph:\n\n" + decode_table(pages)
-        )
-    if (steps := found.get("h100_step")) is not None:
-        out.append(
-            f"A whole decode step of a model of Llama-3-8B's shape on one {steps['device']}, bf16, random weights and "
-            "contexts, replayed as a CUDA graph; in brackets what is left after the step of `no attention` is taken off:\n\n"
-            + "\n\n".join(step_table(found[s]) for s in ("h100_step", "h100_step_32k") if s in found)
-        )
-    if (backward := found.get("h100_backward")) is not None:
-        out.append(
-            f"Backward of block lists on one {backward['device']}, the same shapes, 32K tokens; TFLOP/s over kept pairs:\n\n"
-            + "\n\n".join(backward_table(found[s]) for s in ("h100_backward", "h100_backward_64") if s in found)
-        )
-    if (quality := evaluations(found).get("eval_smollm2")) is not None:
-        names = "; ".join(f"{i} `{r['recipe']}`" for i, r in enumerate(quality["recipes"], 1))
-        out.append(
-            f"Quality against cost of {quality['facts']['model']} on one {quality['facts']['hardware']}, over retrieval "
-            "tasks that dense does; a model of 135 million parameters tests methods, it does not stand for large models. "
-            f"{names}:\n\n![Score against density, time and memory](benchmarks/figures/eval_smollm2.svg)"
-        )
-    return "\n\n".join(out)
-
-
-def columns_table(data: dict[str, Any]) -> str:
-    """TFLOP/s by case, through `attend`."""
-    rows = [r for r in data["rows"] if r["impl"] != "gluon kernel"]
-    title = {"gluon": "foveate gluon", "triton": "foveate triton", "cudnn": "cuDNN, dense"}
-    lines = [f"| case | density | {' | '.join(title.values())} |", "| --- " * (2 + len(title)) + "|"]
-    for case in dict.fromkeys(r["case"] for r in rows):
-        mine = {r["impl"]: r for r in rows if r["case"] == case}
-        cells = [f"{mine[i]['tflops']:.0f}" if i in mine else "-" for i in title]
-        lines.append(f"| {case} | {min(r['density'] for r in mine.values()):.3f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def decode_table(data: dict[str, Any]) -> str:
-    """Microseconds of a whole decode step by batch and length."""
-    rows = [r for r in data["rows"] if ":" not in r["impl"]]
-    impls = list(dict.fromkeys(r["impl"] for r in rows))
-    lines = ["| batch | tokens | " + " | ".join(impls) + " |", "| --- " * (2 + len(impls)) + "|"]
-    for b, n in sorted({(r["params"]["b"], r["params"]["n"]) for r in rows}):
-        mine = {r["impl"]: 1000 * r["ms"]["median"] for r in rows if (r["params"]["b"], r["params"]["n"]) == (b, n)}
-        lines.append(f"| {b} | {n} | " + " | ".join(f"{mine[i]:.0f} us" if i in mine else "-" for i in impls) + " |")
-    return "\n".join(lines)
-
-
-def step_table(data: dict[str, Any]) -> str:
-    """Milliseconds of a replayed step by recipe and case, attention's part of it, and those of a plain step."""
-    rows = data["rows"]
-    cases = list(dict.fromkeys(r["case"] for r in rows))
-    heads = [f"{c} | density | without graphs" for c in cases]
-    lines = ["| recipe | " + " | ".join(heads) + " |", "| --- " * (1 + 3 * len(cases)) + "|"]
-    for recipe in dict.fromkeys(r["params"]["recipe"] for r in rows):
-        cells = []
-        for c in cases:
-            mine = {r["params"]["graphs"]: r for r in rows if (r["case"], r["params"]["recipe"]) == (c, recipe)}
-            part = mine[1]["params"].get("attention_ms") if 1 in mine else None
-            bracket = "" if part is None else f" ({part:.2f})"
-            density = next((r["density"] for r in mine.values() if r["density"] is not None), None)
-            cells.append(f"{mine[1]['ms']['median']:.2f} ms{bracket}" if 1 in mine else "-")
-            cells.append("-" if density is None else f"{density:.3f}")
-            cells.append(f"{mine[0]['ms']['median']:.2f} ms" if 0 in mine else "-")
-        lines.append(f"| `{recipe}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def backward_table(data: dict[str, Any]) -> str:
-    """TFLOP/s by case and whole implementation (not its parts)."""
-    rows = [r for r in data["rows"] if r["tflops"] and not r["impl"].startswith(("dq", "dkdv", "fa4 attend"))]
-    least = {r["case"]: min(o["density"] for o in rows if o["case"] == r["case"]) for r in rows}
-    rows.sort(key=lambda r: (-r["params"]["width"], -least[r["case"]], r["impl"] != "ours"))
-    impls = list(dict.fromkeys(r["impl"] for r in rows))
-    title = {"ours": "foveate gluon", "triton": "foveate triton", "cudnn": "cuDNN, dense", "flash": "PyTorch flash, dense"}
-    title |= {"fa4": "FlashAttention-4", "fa4 dense": "FlashAttention-4, dense"}
-    named = " | ".join(title.get(i, i) for i in impls)
-    lines = [f"| case | density | {named} |", "| --- " * (2 + len(impls)) + "|"]
-    for case in dict.fromkeys(r["case"] for r in rows):
-        mine = {r["impl"]: r for r in rows if r["case"] == case}
-        cells = [f"{mine[i]['tflops']:.0f}" if i in mine else "-" for i in impls]
-        lines.append(f"| {case} | {least[case]:.3f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def bench_title(bench: dict[str, Any]) -> str:
-    p = bench["rows"][0]["params"] | bench.get("facts", {})
-    facts = ", ".join(f"{k} {v}" for k, v in p.items() if k in ("model", "tokens", "dtype"))
-    return f"`foveate bench {bench['bench']}` ({facts}; {bench['device']}), alternating rounds in one process"
-
-
-def end_to_end_table(bench: dict[str, Any]) -> str:
-    base = bench["rows"][0]["ms"]["median"]
-    lines = ["| what | median | spread | of the first row |", "| --- | --- | --- | --- |"]
-    for r in bench["rows"]:
-        ms = r["ms"]
-        lines.append(
-            f"| {r['impl']} | {ms['median']:.0f} ms | {ms['min']:.0f} to {ms['max']:.0f} | {ms['median'] / base:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def blocks_table(data: dict[str, Any]) -> str:
-    """TFLOP/s by case (rows) and implementation (columns) at D 128."""
-    rows = [r for r in data["rows"] if r["params"]["D"] == 128]
-    impls = [i for i in ("gluon", "fa4", "triton", "cudnn") if any(r["impl"] == i for r in rows)]
-    cases = list(dict.fromkeys(r["case"] for r in rows))
-    title = {"gluon": "foveate gluon", "triton": "foveate triton", "fa4": "FlashAttention-4", "cudnn": "cuDNN, dense"}
-    lines = [
-        "| tokens | key block | density | " + " | ".join(title[i] for i in impls) + " |",
-        "| --- " * (3 + len(impls)) + "|",
-    ]
-    for case in cases:
-        mine = {r["impl"]: r for r in rows if r["case"] == case}
-        one = next(iter(mine.values()))
-        density = min(r["density"] for r in mine.values())
-        cells = [f"{mine[i]['tflops']:.0f}" if i in mine else "-" for i in impls]
-        lines.append(f"| {one['params']['N']} | {one['params']['width']} | {density:.3f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------------- BENCHMARKS.md
 def benchmarks(found: dict[str, dict[str, Any]], figures: Iterable[Path]) -> str:
     from foveate.bench import breakeven
@@ -230,7 +72,8 @@ def benchmarks(found: dict[str, dict[str, Any]], figures: Iterable[Path]) -> str
         "# Benchmarks",
         "Generated by `make benchmarks` from `benchmarks/results/*.json`; every figure comes from a run, with the dense "
         "baseline in the same process. Medians, with the smallest and largest sample. What was expected, and why it came "
-        "out otherwise, is in [benchmarks/NOTES.md](benchmarks/NOTES.md).",
+        "out otherwise, is in [benchmarks/NOTES.md](benchmarks/NOTES.md). Sections bear the names of the files:",
+        contents(found),
     ]
     drawn = {path.stem: f"benchmarks/figures/{path.name}" for path in figures}
     summaries = evaluations(found)
@@ -258,9 +101,47 @@ def benchmarks(found: dict[str, dict[str, Any]], figures: Iterable[Path]) -> str
             parts.append(PREFILL)
             parts.append(prefill_table(data))
             continue
-        parts.append(rows_table(data["rows"]))
+        for note, short in SHORT.get(stem, SHORT.get(data["bench"], [])):
+            parts += [note, short(data)]
+        parts.append(tables.rows_table(data["rows"]))
     return "\n\n".join(parts) + "\n"
 
+
+def contents(found: dict[str, dict[str, Any]]) -> str:
+    """A line a section: what was measured, and where."""
+    lines = ["| file | what | where |", "| --- | --- | --- |"]
+    for stem, data in found.items():
+        facts = data.get("facts", {})
+        what = data.get("bench", "compare") + (f" of {facts['model']}" if "model" in facts else "")
+        lines.append(f"| [{stem}](#{stem}) | {what} | {data.get('device') or facts.get('device', '-')} |")
+    return "\n".join(lines)
+
+
+# Tables that say what matters before the rows: by file, or by kind of benchmark; each with what it shows.
+KERNELS = "32 query and 8 kv heads, D 128, bf16, causal; TFLOP/s over kept pairs:"
+SHORT: dict[str, list[tuple[str, Callable[[dict[str, Any]], str]]]] = {
+    "h100_blocks_fa4": [(f"Block lists, blocks of 128 queries, {KERNELS}", tables.blocks_table)],
+    "h100_columns": [
+        (f"Tiles and single keys, 96 tiles of 64 and 900 keys for each block of queries, {KERNELS}", tables.columns_table)
+    ],
+    "h100_decode_pages": [
+        (
+            "One decode step of one layer, 32 query and 8 kv heads, D 128, bf16, 2,048 tokens kept, page bounds, selection "
+            "and attention included, in a CUDA graph:",
+            tables.decode_table,
+        )
+    ],
+    "prefill": [("Alternating rounds in one process:", tables.end_to_end_table)],
+    "decode": [("Alternating rounds in one process:", tables.end_to_end_table)],
+    "backward": [(f"Backward of block lists, {KERNELS}", tables.backward_table)],
+    "step": [
+        (
+            "A whole decode step of a model of Llama-3-8B's shape, bf16, random weights and contexts, replayed as a CUDA "
+            "graph; in brackets what is left after the step of `no attention` is taken off:",
+            tables.step_table,
+        )
+    ],
+}
 
 PREFILL = (
     "One layer with the heads of Llama-3-8B on made queries and keys (half of the heads peaked, some diagonal, some "
@@ -284,22 +165,6 @@ def lengths(found: dict[str, dict[str, Any]]) -> str:
     return dumped(merged(*(entries(d) for d in data)))
 
 
-def rows_table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| case | impl | parameters | median | min to max | TFLOP/s | density | largest error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        params = ", ".join(f"{k}={v}" for k, v in (r.get("params") or {}).items() if isinstance(v, (int, float, str)))
-        ms = r["ms"]
-        number = lambda x, form: "-" if x is None else format(x, form)  # noqa: E731
-        lines.append(
-            f"| {r['case']} | {r['impl']} | {params} | {ms['median']:.3f} ms | {ms['min']:.3f} to {ms['max']:.3f} | "
-            f"{number(r.get('tflops'), '.0f')} | {number(r.get('density'), '.3f')} | {number(r.get('max_error'), '.1e')} |"
-        )
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------------- files
 def put(text: str, name: str, new: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
@@ -313,9 +178,11 @@ def render() -> dict[Path, str]:
     """Every generated file and its contents."""
     found = results()
     readme = ROOT / "README.md"
-    text = put(readme.read_text(), "methods", methods_table())
+    text = put(readme.read_text(), "methods", front_page.methods_table())
+    text = put(text, "headline", front_page.headline(found))
+    text = put(text, "figures", front_page.figures(found, evaluations(found)))
     drawn = drawings(found)
-    pages = {readme: put(text, "figures", figures(found)), ROOT / "BENCHMARKS.md": benchmarks(found, drawn)}
+    pages = {readme: text, ROOT / "BENCHMARKS.md": benchmarks(found, drawn)}
     return pages | {LENGTHS: lengths(found)} | drawn
 
 

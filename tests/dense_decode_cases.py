@@ -19,17 +19,17 @@ NAN = float("nan")
 
 
 def problem(
-    lens, r=4, d=64, dv=None, kind="dense", dtype=torch.float32, device="cpu", seed=0, room=21, bias=False, pos=False
+    lens, r=4, d=64, dv=None, kind="dense", dtype=torch.float32, device="cpu", seed=0, room=21, bias=False, pos=False, n=1
 ):
-    """q `[B, H, 1, D]` and a view whose rows and kv heads have the lengths `[B][G]`, NaN in every slot beyond them.
+    """q `[B, H, n, D]` and a view whose rows and kv heads have the lengths `[B][G]`, NaN in every slot beyond them.
 
-    pos: shuffled positions, of which the query sees about two thirds. bias: weights, some -inf. Hidden entries hold NaN.
+    pos: shuffled positions, of which the queries see about two thirds. bias: weights, some -inf. What no query sees is NaN.
     """
     gen = torch.Generator().manual_seed(seed)
     draw = lambda *s: torch.randn(*s, generator=gen)  # noqa: E731
     b, g, m, dv = len(lens), len(lens[0]), max(max(row) for row in lens) + room, dv or d
     length = torch.tensor(lens, dtype=torch.int32)
-    q, k, v = draw(b, g * r, 1, d), draw(b, g, m, d), draw(b, g, m, dv)
+    q, k, v = draw(b, g * r, n, d), draw(b, g, m, d), draw(b, g, m, dv)
     live = torch.arange(m) < length[..., None]
     more, q_pos = {}, None
     if bias:
@@ -37,8 +37,8 @@ def problem(
         live &= more["bias"] > float("-inf")
     if pos:
         more["pos"] = torch.stack([torch.randperm(m, generator=gen).int() for _ in range(b * g)]).view(b, g, m)
-        q_pos = torch.full((b, 1), 2 * m // 3)
-        live &= more["pos"] <= q_pos[:, :, None]
+        q_pos = torch.full((b, 1), 2 * m // 3 - n + 1) + torch.arange(n)
+        live &= more["pos"] <= q_pos[:, -1:, None]
     k, v = (t.masked_fill(~live[..., None], NAN).to(device, dtype) for t in (k, v))
     more = {name: t.to(device) for name, t in more.items()}
     kv = KV.dense(k, v, len=length.to(device), **more)
@@ -46,7 +46,7 @@ def problem(
         flat = [t.reshape(b * g * m, -1) for t in (k, v)]
         offsets = torch.arange(b * g, device=device).view(b, g) * m
         kv = KV.ragged(*flat, offsets, kv.len, m, pos=kv.pos, bias=kv.bias)
-    layout = Layout.dense(b, g * r, 1, m, q_pos=None if q_pos is None else q_pos.to(device))
+    layout = Layout.dense(b, g * r, n, m, q_pos=None if q_pos is None else q_pos.to(device))
     return q.to(device, dtype), kv, layout
 
 

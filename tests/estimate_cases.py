@@ -36,13 +36,20 @@ def rounded(x, step):
 
 
 # ---------------------------------------------------------------------- the probe
-def check_probe(b, h, g, n, m, d, rows, *, tolerance, scale=0.3, softcap=None, dtype=torch.float32, device="cpu"):
-    """Mass by key and distance against fp64, every sum over all rows."""
+def check_probe(b, h, g, n, m, d, rows, *, tolerance, scale=0.3, softcap=None, dtype=torch.float32, device="cpu", end=None):
+    """Mass by key and distance against fp64, every sum over all rows. end: entries before it are other keys."""
     q, k = draw(b, h, n, d, dtype=dtype, device=device), draw(b, g, m, d, seed=1, dtype=dtype, device=device)
     rows = min(rows, n)
     assert kernels.probes(q, KV.dense(k, k), rows)
-    got = kernels.last_queries(q, KV.dense(k, k), rows, scale, softcap)
-    want = probes.last_queries(q.double(), KV.dense(k.double(), k.double()), rows, scale=scale, softcap=softcap)
+    how, far = dict(scale=scale, softcap=softcap), None
+    if end is not None:  # keys and queries with strides of their own, more keys than are read
+        k2, q2 = (draw(b, s, heads, d, seed=i, dtype=dtype, device=device) for i, s, heads in ((2, end + 9, g), (3, n, h)))
+        far = probes.Far(q2.transpose(1, 2), k2.transpose(1, 2), end)
+    seen = probes.last_queries(q, KV.dense(k, k), rows, far=far, **how)
+    got = seen.columns, seen.diagonals
+    if far is not None:
+        far = probes.Far(far.q.double(), far.k.double(), end)
+    want = probes.last_queries(q.double(), KV.dense(k.double(), k.double()), rows, far=far, **how)
     for mine, theirs in ((got[0], want.columns), (got[1], want.diagonals)):
         assert bool(torch.isfinite(mine).all())
         torch.testing.assert_close(mine.double(), theirs, atol=tolerance, rtol=tolerance)

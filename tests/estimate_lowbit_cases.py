@@ -47,6 +47,9 @@ def check_keys(g, r, m, d, share, bits, dtype=torch.float32, device="cpu"):
     want = 0.3 * mean.double().unflatten(0, (g, r)) @ x.double().transpose(-1, -2)
     torch.testing.assert_close(extra.double(), want, atol=1e-4, rtol=1e-4)
     assert int(got.ints[:, m:].abs().sum() + got.ints[..., d:].abs().sum()) == 0 and float(got.extra[:, m:].abs().sum()) == 0
+    if bits <= 4:  # numbers that e4m3 holds
+        other = low.quantised(k, centre, mean, scale=0.3, share=share, bits=bits, dtype=torch.float8_e4m3fn)
+        assert torch.equal(other.ints.float(), got.ints.float()) and torch.equal(other.extra, got.extra)
 
 
 def check_sums(h, g, m, start, d, grid, *, softcap=None, tolerance, dtype=torch.float32, device="cpu"):
@@ -82,6 +85,31 @@ def check_blocks(h, g, m, start, d, grid, tau, *, slack=0, softcap=None, dtype=t
         most = relative_blocks(q[:, :, start:], KV.dense(k, k), log_tau - 60, grid, **args)[1].sum()
     same(*got, *want, slack)
     return float((want[1].sum() - least) / (most - least))
+
+
+def check_limit(block_bits, m, device="cpu"):
+    """Sums of 128 products of levels up to 7, all of one sign or nearly: as large as they get, and bars half-way between two
+    of them that follow each other. Each block has one row that asks. Returns the share of bits."""
+    gen = torch.Generator().manual_seed(0)
+    sign = torch.randint(0, 2, (128,), generator=gen) * 2 - 1
+    q, k = (sign * (7 - (torch.rand(2, m, 128, generator=gen) < 0.08).int())).float()
+    q[:, 0], k[:, 0] = 7 * sign[0], 7 * sign[0]  # the peak: a step is 1
+    k[::3] *= -1
+    sums = (q.double() @ k.double().T)[::16]  # of the rows that ask
+    bar = torch.full((1, m), lowbit.BIG)
+    place = torch.arange(0, m, 16) // 32 * 32  # where the local region of a block of 16 rows begins
+    most = [row[: max(int(end), 1)].max() for row, end in zip(sums, place, strict=True)]
+    bar[0, ::16] = torch.stack(most) - torch.randint(-1, 3, (len(most),), generator=gen) - 0.5
+    words = torch.zeros(1, m // 16, -(-m // 1024), dtype=torch.int32, device=device)
+    some, mean = (t[None].to(device) for t in (q, torch.zeros(128)))
+    how = dict(start=0, scale=1.0, share="fragment", bits=4)
+    block_bits(some, k[None].to(device), None, mean, bar.to(device), words, (16, 0, 0, 32), 32, **how)
+    got = (words[0, ..., None].cpu().long() >> torch.arange(32) & 1).flatten(-2)[:, : m // 32]
+    want = (sums > bar[0, ::16, None]).unflatten(-1, (-1, 32)).any(-1)
+    free = torch.arange(0, m, 32) < place[:, None]
+    assert torch.equal(got[free] != 0, want[free])
+    assert float(sums.abs().max()) > 6100
+    return float(want[free].double().mean())
 
 
 def check_lists(b, h, groups, rows, places, unit, device="cpu", seed=0):

@@ -138,6 +138,34 @@ def same_sets(text, *shape, lengths, steps, tolerance, turns=(), slack=0.0, **op
     return seen
 
 
+def same_held(text, *shape, lengths, steps, turns, tolerance, slack=0.0, **options):
+    """Steps of token_select with a selection cache, over rows that grow by a token each, with kernels and without: lists,
+    outputs, and which rows chose anew, `[steps][rows]`. At the steps `turns[row]` a row's queries become others."""
+    fast, slow = (Turning(text, *shape, lengths=lengths, **options) for _ in range(2))
+    seen, others, plain_q = [], torch.zeros(len(lengths), dtype=torch.long), None
+    for number in range(steps):
+        x = fast.inputs(number, number)
+        if plain_q is None:  # some queries of each row before their rotation
+            first = fast.rope.unrotate(x.q.float(), x.q_pos)
+            plain_q = torch.stack([first, *(torch.randn_like(first) for _ in range(steps))])
+        for row, at in enumerate(turns):
+            others[row] += number in at
+        q = torch.stack([plain_q[which, row] for row, which in enumerate(others.tolist())])
+        x = replace(x, q=fast.rope.rotate(q, x.q_pos).to(x.q.dtype))
+        with counted() as calls:
+            got = fast.run(x)
+        assert calls
+        with plain():
+            want = slow.run(x)
+        same_lists(got[0], want[0], slack)
+        torch.testing.assert_close(got[1].float(), want[1].float(), atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(got[2], want[2], atol=tolerance, rtol=tolerance)
+        made = [one.state.layer["token_select.tokens"].pos == x.q_pos[:, 0] for one in (fast, slow)]
+        assert torch.equal(*made)
+        seen.append(made[0].tolist())
+    return seen
+
+
 def same_scores(*shape, lengths, tolerance=2e-5, keep=20, slack=1e-9, **options):
     """Scores that methods ask for, and the entries they choose, with kernels and without."""
     q, kv, q_pos = problem(*shape, lengths=lengths, **options)
@@ -190,11 +218,19 @@ def same_lists(got, want, slack=0.0):
         assert float((mine ^ theirs).sum()) <= slack * float(theirs.sum())
 
 
-def check_ranked(b, h, g, m, d, n, counts, *, tolerance, softcap=None, dtype=torch.float32, device="cpu"):
-    """`attend_ranked` against fp64: every listed key turned to its place in the list."""
+class Neighbours(Rotary):
+    """Channels 0 and 1, 2 and 3, ... turn together."""
+
+    def _turn(self, x, pos, sign):
+        return super()._turn(x.unflatten(-1, (-1, 2)).mT.flatten(-2), pos, sign).unflatten(-1, (2, -1)).mT.flatten(-2)
+
+
+def check_ranked(b, h, g, m, d, n, counts, *, tolerance, softcap=None, dtype=torch.float32, device="cpu", mixed=False):
+    """`attend_ranked` against fp64: every listed key turned to its place in the list. mixed: neighbouring channels turn
+    together, else halves."""
     sizes = enumerate(((h, 1), (g, m + 7), (g, m)))
     q, raw, v = (2 * draw(b, heads, rows, d, seed=i, dtype=dtype).to(device) for i, (heads, rows) in sizes)
-    rope = Rotary(d)
+    rope = Neighbours(d) if mixed else Rotary(d)
     rope.freq = rope.freq.to(device)
     gen = torch.Generator().manual_seed(4)
     tokens = torch.stack([torch.randperm(m, generator=gen)[:n].sort().values for _ in range(b)]).int().to(device)
@@ -207,7 +243,8 @@ def check_ranked(b, h, g, m, d, n, counts, *, tolerance, softcap=None, dtype=tor
     zero = torch.zeros(b, 1, dtype=torch.int64, device=device)
     x = AttnInput(q, KV.dense(v, v), "decode", 0, 1, 0.05, q_pos=zero, rope=rope)
     turns = Turns.of(x, {}, "ranked")
-    how = dict(scale=0.05, softcap=softcap)
+    assert turns.halves == (not mixed)
+    how = dict(scale=0.05, softcap=softcap, halves=turns.halves)
     got, lse = ranked.attend(q, raw, v, tokens, count, turns.asked(n), turns.partner, **how)
     for row, many in enumerate(counts):
         at = tokens[row, :many].long()
@@ -243,3 +280,29 @@ def check_kept(n, size, since, device="cpu"):
             assert got[i, j, : int(count[i, j])].tolist() == want and len(want) <= most + 1
             want = entries[i, j, : int(used[i, j])].tolist() + list(range(8 * n, int(newest[i]) + 1))
             assert plain_got[i, j, : int(plain_count[i, j])].tolist() == want
+
+
+def check_strongest(n, m, *, ratio, least, ago=0, ties=False, device="cpu"):
+    """`kept_lists.strongest` against sorting, rows with fewer entries than the list has room for among them."""
+    b, g, gen = 3, 2, torch.Generator().manual_seed(n)
+    score = torch.rand(b, g, m + 8, generator=gen)[..., :m]  # a view, as of scores with room behind them
+    score = (score * 8).round() / 8 if ties else score
+    entries = torch.stack([torch.randperm(m, generator=gen)[:n].sort().values for _ in range(b * g)]).view(b, g, n).int()
+    used = torch.tensor([[n, n], [n, n // 2], [1, 0]], dtype=torch.int32)
+    length = torch.tensor([[m, m], [m // 2, m // 2 + 1], [m, m]], dtype=torch.int32)
+    newest = torch.tensor([[m - 1], [m // 2], [m - 1]])
+    begin = newest[:, 0] - torch.tensor([0, 3, 5])
+    how = dict(ago=ago, ratio=ratio, least=least, capacity=m)
+    for lengths in (length, None):
+        args = (entries, used, score, begin, lengths, newest)
+        got, count = kept_lists.strongest(*(None if t is None else t.to(device) for t in args), **how)
+        for i in range(b):
+            for j in range(g):
+                tokens = m if lengths is None else int(length[i, j])
+                budget = max(least, math.ceil(ratio * (tokens - ago) - 1e-9))
+                keep = max(0, budget - (int(newest[i]) + 1 - ago - int(begin[i])))
+                mine = entries[i, j, : int(used[i, j])].tolist()
+                want = sorted(sorted(mine, key=lambda e, row=score[i, j]: (-float(row[e]), e))[:keep])
+                found = got[i, j].tolist()
+                assert found[: int(count[i, j])] == want and int(count[i, j]) == len(want)
+                assert found[len(want) :] == [want[-1] if want else 0] * (n - len(want))

@@ -1,6 +1,6 @@
-"""Runs the Gluon kernel's Python source on the CPU: threads for partitions, real barrier phases, delayed copies.
+"""Runs the Gluon kernels' Python source on the CPU: threads for partitions, real barrier phases, delayed copies.
 
-Enough of the Gluon language to execute `foveate/kernels/gluon/kernel.py` and what it imports line by line: it shows
+Enough of the Gluon language to execute `foveate/kernels/gluon/kernel.py` and its siblings line by line: it shows
 deadlocks, wrong phases, wrong coordinates and wrong masks without a GPU. It does not show what the compiler makes of the
 source. Copies by TMA land late and in any order, those by cp.async once they were waited for and fenced, products read
 shared memory when they are waited for, and unwritten shared memory is NaN, so that a missing wait or fence or an early
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import random
 import sys
 import threading
@@ -214,7 +215,7 @@ def _mma_wait(outstanding, deps):
 
 def _tma_load(desc, coord, bar, dst):
     assert [dst.rows, dst.cols] == desc.block[2:]
-    size = desc.block[2] * desc.block[3] * 2
+    size = desc.block[2] * desc.block[3] * desc.dtype.itemsize
 
     def land():
         time.sleep(max(0.0, random.random() - 0.5) * 4e-3)
@@ -262,7 +263,7 @@ def _tma_store(desc, coord, src):
 def _allocate(dtype, shape, layout=None):
     if dtype == torch.int64:
         return Bars(shape[0])
-    fill = float("nan") if dtype.is_floating_point else 1 << 29
+    fill = float("nan") if dtype.is_floating_point else min(1 << 29, torch.iinfo(dtype).max)
     rows, cols = shape[1:] if len(shape) == 3 else (1, shape[1])
     return Shared(torch.full((shape[0] * rows * cols,), fill, dtype=dtype), rows, cols)
 
@@ -279,6 +280,19 @@ def _store(ptr, x, mask=None):
     at = torch.as_tensor(ptr.offset)[keep]
     assert bool(((at >= 0) & (at < ptr.data.numel())).all())
     ptr.data[at] = torch.Tensor(x)[keep].to(ptr.data.dtype)
+
+
+def _atomic_or(ptr, x, mask, sem=None):
+    keep = torch.as_tensor(mask)
+    places = Pointer(ptr.data, torch.as_tensor(ptr.offset)[keep]).where()
+    with Machine.lock:
+        for at, new in zip(places.tolist(), torch.as_tensor(x)[keep].tolist(), strict=True):
+            word = (int(ptr.data[at]) | new) & (1 << 32) - 1
+            ptr.data[at] = word - (word >> 31 << 32)  # as int32
+
+
+def _reduce_or(x, axis):
+    return value(x.any(axis)) if x.dtype == torch.bool else value(functools.reduce(torch.bitwise_or, x.unbind(axis)))
 
 
 def _binary(fn):
@@ -305,7 +319,8 @@ def language():
         where=lambda c, a, b: value(torch.where(torch.as_tensor(c), a, b)), max=lambda x, a: x.amax(a),
         sum=lambda x, a: x.sum(a), exp2=torch.exp2, log2=torch.log2, minimum=_binary(torch.minimum),
         maximum=_binary(torch.maximum), load=_load, store=_store,
-        atomic_add=_atomic_add, program_id=lambda axis: value(Machine.local.cta), num_programs=lambda axis: Machine.ctas,
+        atomic_add=_atomic_add, atomic_or=_atomic_or, reduce_or=_reduce_or, abs=torch.abs, div_rn=torch.div,
+        program_id=lambda axis: value(Machine.local.cta[axis]), num_programs=lambda axis: Machine.ctas[axis],
         warp_specialize=lambda functions, warps, registers: Machine.start(functions),
     )  # fmt: skip
     barrier = SimpleNamespace(
@@ -339,14 +354,19 @@ def load_kernel(path: Path):
 
 
 def launch(kernel, ctas, *args, **options):
-    """Run `kernel` with that many CTAs at once; raises what any partition raised."""
-    Machine.failed, Machine.errors, Machine.lock, Machine.ctas = False, [], threading.Lock(), ctas
+    """Run `kernel` with that many CTAs (a number, or two of a grid) at once; raises what any partition raised."""
+    Machine.failed, Machine.errors, Machine.lock = False, [], threading.Lock()
+    Machine.ctas = ctas if isinstance(ctas, tuple) else (ctas,)
 
     def cta(i):
         Machine.local.cta, Machine.local.queue, Machine.local.copies = i, [], Copies()
-        kernel(*args, **options)
+        try:
+            kernel(*args, **options)
+        except BaseException as err:
+            Machine.errors.append(err)
 
-    threads = [threading.Thread(target=cta, args=(i,), daemon=True) for i in range(ctas)]
+    places = itertools.product(*(range(n) for n in Machine.ctas))
+    threads = [threading.Thread(target=cta, args=(place,), daemon=True) for place in places]
     with layouts():
         for t in threads:
             t.start()

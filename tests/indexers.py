@@ -37,3 +37,23 @@ def random_profile(h: int, g: int, d: int, heads: int = 3, width: int = 8, rope:
         tensors[f"layer.{i}.w"] = make(heads, h * d)
         tensors[f"layer.{i}.norm"] = torch.stack([1 + 0.3 * make(width), 0.3 * make(width)])
     return folder(Profile("dsa", {"rope_dims": rope, **options}, tensors))
+
+
+class Pairs:
+    """A rotation of neighbouring dims, over the first half of them: no family that tests have otherwise."""
+
+    def __init__(self, d: int):
+        self.freq = 1e3 ** (-torch.arange(0, d // 2, 2) / d)
+
+    def _turn(self, x, pos, sign):
+        a = pos[:, None, :, None].to(x.dtype) * self.freq.to(x.dtype).to(x.device)
+        c, s = a.cos(), sign * a.sin()
+        first, rest = x.split([2 * len(self.freq), x.shape[-1] - 2 * len(self.freq)], -1)
+        x1, x2 = first[..., ::2], first[..., 1::2]
+        return torch.cat([torch.stack([x1 * c - x2 * s, x2 * c + x1 * s], -1).flatten(-2), rest], -1)
+
+    def rotate(self, x, pos):
+        return self._turn(x, pos, 1.0)
+
+    def unrotate(self, x, pos):
+        return self._turn(x, pos, -1.0)

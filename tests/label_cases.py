@@ -73,6 +73,49 @@ def close(m, rows=1, device="cpu"):
     return bits.to(torch.int32).view(torch.float32)[None].to(device)
 
 
+HARD = ["equal", "one huge", "few positive", "ties", "infinite", "a run", "rising", "exponent", "zeros of int16"]
+
+
+def hard(name, m, rows=1, device="cpu"):
+    """(scores `[1, rows, m]`, options of the choice) that are hard for a threshold that is guessed from a sample."""
+    gen = torch.Generator().manual_seed(m)
+    score, options = torch.zeros(1, rows, m), {}
+    draw = lambda *shape: torch.rand(shape, generator=gen)  # noqa: E731
+    if name == "one huge":
+        score[..., m // 3] = 3e38
+    elif name == "few positive":  # most scores are zero, as behind a relu
+        score[..., torch.randperm(m, generator=gen)[: m // 12]] = draw(1, rows, m // 12)
+    elif name == "ties":
+        score = (3 * draw(1, rows, m)).round()
+    elif name == "infinite":
+        score[:] = float("-inf")
+        score[..., ::30], score[..., 5], score[..., 7 :: m // 4] = NAN, 0.0, float("inf")
+    elif name == "a run":  # the best lie side by side
+        score[..., m // 2 : m // 2 + m // 5] = draw(1, rows, m // 5)
+    elif name == "rising":
+        score += torch.linspace(-1, 1, m)
+        options = {"sink": 3, "recent": 12}
+    elif name == "exponent":
+        score = 1 + draw(1, rows, m) / 4
+    elif name == "zeros of int16":
+        score[..., :: m // 40] = -5
+        score = score.to(torch.int16)
+    return score.to(device), options
+
+
+def misleading(n, sample, device="cpu"):
+    """fp32 `[1, 1, n]`: 100 wherever the kernel's sample of so many looks, between 0 and 1 elsewhere."""
+    i = torch.arange(sample)
+    mixed = (i * 0x9E3779B1) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
+    width = -(-n // sample)
+    place = i // 32 + (i % 32) * (sample // 32)
+    place = place * width + ((((mixed ^ (mixed >> 13)) >> 16) * width) >> 16)
+    score = torch.rand(1, 1, n, generator=torch.Generator().manual_seed(n))
+    score[0, 0, place[place < n]] = 100.0
+    return score.to(device)
+
+
 # ---------------------------------------------------------------------- labels
 def earlier(kv: KV) -> KV:
     """The view one token ago."""

@@ -109,10 +109,17 @@ def random_tiles(kv: KV, heads: int, width: int, keep: int, seed: int, overlap: 
     return tiles.to(kv.device), count.to(kv.device)
 
 
+def listed(q, kv, tiles, count, width):
+    """Tiles of this width, or single entries."""
+    shape = (*q.shape[:2], 1, kv.capacity)
+    if width == 1:
+        return Layout(shape, entries=tiles, entry_count=count)
+    return Layout(shape, tile_width=width, tiles=tiles, tile_count=count)
+
+
 def check_attend(q, kv, tiles, count, width, tolerance):
     """The short way equals the oracle on the same lists, in fp32; returns (out, lse)."""
-    b, h, _, d = q.shape
-    layout = Layout((b, h, 1, kv.capacity), tile_width=width, tiles=tiles, tile_count=count)
+    d, layout = q.shape[-1], listed(q, kv, tiles, count, width)
     assert kernels.serves(q, kv, layout, 0.0)
     exact = replace(kv, k=kv.k.float(), v=kv.v.float())
     want, want_lse = foveate.attend(q.float(), exact, layout, backend="reference", return_lse=True)
@@ -123,6 +130,25 @@ def check_attend(q, kv, tiles, count, width, tolerance):
     torch.testing.assert_close(lse[~dead], want_lse[~dead], atol=max(2e-5, tolerance), rtol=1e-5)
     torch.testing.assert_close(out.float(), want, atol=tolerance, rtol=0)
     return out, lse
+
+
+def random_entries(kv, heads, n, seed, rows=None):
+    """n different entries below each row's length, ascending, or all of a shorter row, padded with the last of them;
+    `rows` 1 for lists that the rows of the batch share."""
+    gen = torch.Generator().manual_seed(seed)
+    b, g = kv.shape[:2]
+    entries = torch.empty(rows or b, heads, 1, n, dtype=torch.int32)
+    count = torch.empty(rows or b, heads, 1, dtype=torch.int32)
+    for i in range(rows or b):
+        for j in range(heads):
+            first = j * g // heads  # a list of several kv heads goes up to the shortest of them
+            lengths = (
+                kv.lengths().cpu().reshape(b, g)[(slice(None) if rows else i), first : max(first + 1, (j + 1) * g // heads)]
+            )
+            size = int(lengths.min())
+            some = torch.randperm(size, generator=gen)[:n].sort().values
+            entries[i, j, 0], entries[i, j, 0, : len(some)], count[i, j, 0] = some[-1], some, len(some)
+    return entries.to(kv.k.device), count.to(kv.k.device)
 
 
 def check_quest(q, kv, page, budget, tolerance, share):
@@ -151,7 +177,7 @@ def stores(page, d, dv, dtype, device="cpu", size=200):
     valid = torch.tensor([[True] * 40, [False] * 23 + [True] * 17], device=device)
     first = DenseStore.empty(k, v).append(k, v, valid, [0, 0])
     ours, other = (FixedDense(first.fork(), [40, 17], size) for _ in range(2))
-    other._kernels = lambda: None  # type: ignore[method-assign]
+    other._kernels = lambda n: None  # type: ignore[method-assign]
     ours.k[:, :, 40:], ours.v[:, :, 40:] = NAN, NAN
     bounds = Bounds(page)
     bounds.update(ours.view())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from foveate.cache.fixed import fix
+from foveate.cache.pruned import ChannelStore
 from foveate.cache.quantised import QuantisedStore
 from foveate.kernels.dispatch import attend
 from foveate.layout import Layout
 from foveate.methods.base import Selection
 from foveate.packed import PackedKV
 from foveate.scores.bounds import Bounds
+from foveate.scores.labels import Channels, Codes
 
 # (bits, value bits, group, residual), head dims of keys and values, query heads of a kv head
 CASES = [
@@ -117,6 +121,75 @@ def check_lists(store, heads, which, tolerance, q_pos=None, seed=0):
     return got[0]
 
 
+# (sink, window), for all heads or a number for each query head; (stride, entries of a block) or None; as in LISTS, or None
+RULES = [
+    (4, 20, None, None),
+    (70, (33, 2**30, 1, 60), None, None),  # one window reaches all there is
+    ((0, 3, 64, 500), 0, None, None),
+    (5, 37, ((3, 0, 2, 1), 16), None),
+    (40, (1, 20, 90, 500), (5, 12), None),
+    (20, 40, None, (16, "head", True)),
+    ((0, 30, 90, 3), (2**30, 40, 1, 7), None, (32, "group", False)),
+    (3, 9, None, (1, "head", True)),
+    (0, 2**30, None, (20, "one", True)),
+    (None, (60, 5, 2**30, 0), None, (1, "group", True)),
+]
+
+
+def ruled(kv, heads, rule, q_pos=None, seed=0):
+    """A layout with a rule of this kind. Heads take numbers in turn."""
+    sink, window, stride, lists = rule
+    b, g, m, _, _ = kv.shape
+    h = g * heads
+
+    def each(x):
+        x = x if isinstance(x, tuple) else (x,)
+        return torch.tensor([[x[i % len(x)] for i in range(h if len(x) > 1 else 1)]], dtype=torch.int32, device=kv.device)
+
+    plan = Layout((b, h, 1, m), q_pos=q_pos)
+    if lists is not None:
+        plan = listed(kv, heads, *lists, q_pos=q_pos, seed=seed, share=0.2)
+    plan = replace(plan, sink=None if sink is None else each(sink), window=each(window))
+    if stride is not None:
+        step = each(stride[0])
+        plan = replace(plan, stride=step, phase=(step - 1).clamp(min=0), tile_width=stride[1])
+    return plan
+
+
+@torch.no_grad()
+def check_rule(store, heads, rule, tolerance, seed=0, back=None):
+    """Attention under a rule equals the oracle's over the dense copy, and makes no copy; the query may stand `back` tokens
+    before the last one."""
+    kv = store.view()
+    q_pos = None if back is None else kv.lengths()[:, :1] - 1 - back
+    plan, d = ruled(kv, heads, rule, q_pos, seed), kv.shape[3]
+    q = torch.randn(2, 2 * heads, 1, d, generator=torch.Generator().manual_seed(seed)).to(kv.device, kv.dtype)
+    got = attend(q, kv, plan, return_lse=True, backend="packed")
+    assert not kv.made
+    want = attend(q, kv.to_dense(), plan, return_lse=True, backend="reference")
+    torch.testing.assert_close(got[0], want[0], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(got[1], want[1], atol=tolerance, rtol=tolerance)
+
+
+def pruned(rows, d, dv, few, dtype, device, fixed=True, seed=0):
+    """A store of 2 rows and 2 kv heads whose older keys have `few` of d channels, two steps after it was pruned."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def new(n):
+        return tuple(torch.randn(2, 2, n, w, generator=gen).to(device, dtype) for w in (d, dv))
+
+    n = max(rows)
+    valid = (torch.arange(n) >= torch.tensor([[n - r] for r in rows])).to(device)
+    store = ChannelStore.empty(*new(0), tail=21).append(*new(n), None if min(rows) == n else valid, [0, 0])
+    channels = torch.stack([torch.randperm(d, generator=gen)[:few].sort()[0] for _ in range(4)]).view(2, 2, few)
+    index = torch.arange(n, device=device).expand(2, 2, -1)
+    store = store.select(Selection(index, torch.tensor([[r, r] for r in rows], device=device), channels=channels.to(device)))
+    store = fix(store, list(rows)) if fixed else store
+    for i in range(2):
+        store = store.append(*new(1), None, [r + i for r in rows])
+    return store, new
+
+
 def stepped(case, rows, dtype, device, fixed, evicted, seed=0):
     """(store, text position of the next query or None) after two steps."""
     rule, d, dv, _ = case
@@ -144,3 +217,59 @@ def check_bounds(case, rows, dtype, device, page):
         live = torch.arange(dense.data.shape[2], device=device) * page < kv.lengths()[..., None]
         got, want = bounds.data[:, :, : live.shape[2]][live], dense.data[live]  # one rounding or two where keys are unpacked
         torch.testing.assert_close(got, want, atol=2e-6, rtol=0 if dtype == torch.float32 else 1e-2)
+
+
+@torch.no_grad()
+def check_pruned_bounds(rows, dtype, device, page):
+    """Page bounds kept over pruned keys, step by step and from a roll-back on, are those of the dense copy, bit for bit."""
+    store, new = pruned(rows, 24, 40, 9, dtype, device)
+    bounds = Bounds(page)
+    for i in range(5):
+        store = store.append(*new(1), None, [r + 2 + i for r in rows])
+        kv = store.view()
+        if i == 3:
+            bounds.truncate(30)  # pages with pruned keys are read again
+        bounds.update(kv)
+        assert not kv.made
+        dense = Bounds(page)
+        dense.update(kv.to_dense())
+        live = torch.arange(dense.data.shape[2], device=device) * page < kv.lengths()[..., None]
+        assert torch.equal(bounds.data[:, :, : live.shape[2]][live], dense.data[live])
+
+
+@torch.no_grad()
+def check_labels(kind, coded, rows, dtype, device, tolerance):
+    """Labels that kernels keep beside packed keys, and their scores, are those of plain code beside the dense copy.
+
+    kind: bits of a channel, or "codes".
+    """
+    gen = torch.Generator().manual_seed(3)
+    store, new = stored(coded, rows, dtype, device)
+    table = torch.stack([torch.randperm(32, generator=gen)[:12] for _ in range(2)]).to(device)
+    ours, other = (
+        Codes(32, 0.5, False, torch.device(device)) if kind == "codes" else Channels(12, kind, table) for _ in "ab"
+    )
+    other._kernels = lambda q, kv: None
+    for i in range(4):
+        store = store.append(*new(1), None, [r + 2 + i for r in rows])
+        kv, q = store.view(), torch.randn(2, 6, 1, 32, generator=gen).to(device, dtype)
+        got = ours.rank(q, kv, i, group=i % 2 > 0)
+        assert not kv.made and ours._kernels(q, kv) is not None
+        want = other.rank(q, kv.to_dense(), i, group=i % 2 > 0)
+        live = torch.arange(kv.capacity, device=device) < kv.lengths()[..., None]
+        for a, b in zip(ours.data, other.data, strict=True):
+            assert torch.equal(a[:, :, : kv.capacity][live], b[:, :, : kv.capacity][live])
+        old = torch.arange(kv.capacity, device=device) < kv.lengths()[..., None] - 1
+        old = old.repeat_interleave(got.shape[1] // 2, 1)
+        torch.testing.assert_close(got[old].double(), want[old].double(), atol=tolerance, rtol=1e-5)
+
+
+def stored(coded, rows, dtype, device):
+    """A fixed store of keys in codes or of pruned ones, two steps old, head dims 32 and 24; and what draws new entries."""
+    if not coded:
+        return pruned(rows, 32, 24, 9, dtype, device)
+    store, new = store_of((4, 4, 8, 16), 32, 24, rows, dtype, device)
+    store = fix(store, list(rows))
+    for i in range(2):
+        store = store.append(*new(1), None, [r + i for r in rows])
+    return store, new

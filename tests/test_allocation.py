@@ -132,7 +132,7 @@ def test_bisection_aims_again_at_what_it_has_tried():
 def test_the_target_by_head_has_a_text():
     assert Target.parse("mass=0.9") == Target("recall", 0.9, True) and str(Target.parse("mass=0.9")) == "mass=0.9"
     assert not Target.parse("recall=0.9").by_head
-    for text in ("minference", "xattention", "spargeattn", "sale", "anchor_attention"):
+    for text in ("minference", "xattention", "spargeattn", "sale", "anchor_attention", "flexprefill"):
         method = Recipe.of(text).prefill
         assert isinstance(method.search(Target.parse("mass=0.9")), Allocation)
         assert not isinstance(method.search(Target.parse("recall=0.9")), Allocation)
@@ -211,7 +211,7 @@ def test_settings_by_head_hold_elsewhere_for_fewer_pairs(draws, tmp_path, monkey
 
 @pytest.mark.parametrize(
     "text",
-    ["xattention", "spargeattn:theta=-0.1", "sale", "anchor_attention:block=32,step=2", "minference"],
+    ["xattention", "spargeattn:theta=-0.1", "sale", "anchor_attention:block=32,step=2", "minference", "flexprefill"],
 )
 def test_a_profile_for_another_shape_is_refused(text, tmp_path):
     """Found for 32 layers of 8 heads: right for those, an error for 4 heads."""

@@ -29,6 +29,7 @@ from foveate.kv import KV
 from foveate.layout import Layout
 from foveate.methods.base import Method
 from foveate.methods.quest import Quest
+from foveate.methods.token_select import TokenSelect
 from foveate.recipe import Recipe
 from foveate.report import bench_plots
 from foveate.runtime import Info, Step, attention
@@ -225,7 +226,7 @@ def test_captured_steps_are_recorded_once_a_phase_and_count(text, phases, monkey
     monkeypatch.setattr(decode, "_record", Graph)
     stage = Stage(300, 4, 2, 32, torch.float32, 3, CPU)
     counted = []
-    monkeypatch.setattr(FixedDense, "replayed", lambda store: counted.append(1))  # the host's part, done by `call` here
+    monkeypatch.setattr(FixedDense, "replayed", lambda store, n=1: counted.append(1))  # the host's part, done by `call` here
     with torch.inference_mode():
         subject = Subject(stage, Recipe(decode=Recipe.of(text).decode))
         assert subject.captured and len(subject.graphs) == phases
@@ -270,11 +271,12 @@ def test_exact_counts_before_defaults_before_the_own_rule():
     assert length("quest") == registry.parse("quest").min_length
 
 
-def test_a_method_whose_steps_are_captured_says_nothing_of_one_whose_steps_are_not():
+def test_a_method_whose_steps_are_captured_says_nothing_of_one_whose_steps_are_not(monkeypatch):
     package(known("token_select", "decode", 99_000))
-    assert length("token_select:chunk=256") == 99_000
+    assert length("token_select:chunk=256") == length("token_select:theta=0.9") == 99_000
+    monkeypatch.setattr(TokenSelect, "phase", lambda self, step: None if self.theta is not None else "step")
     rule = registry.parse("token_select").min_length
-    assert length("token_select:theta=0.9") == rule != 99_000  # its steps look at the device
+    assert length("token_select:theta=0.8") == rule != 99_000 == length("token_select:chunk=128")
 
 
 def test_never_faster_means_dense_as_far_as_was_measured():

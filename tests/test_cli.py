@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import foveate
 from foveate import cli, models
 from foveate.registry import METHODS
 from tests.tiny import save_model
@@ -50,6 +51,11 @@ def test_help(command):
     assert got.exit_code == 0 and "Usage" in got.stdout
 
 
+def test_version():
+    got = call("--version")
+    assert got.exit_code == 0 and got.stdout == f"foveate {foveate.__version__}\n"
+
+
 def test_help_needs_no_model_library():
     """Help and errors must come at once: nothing of transformers, matplotlib or the kernels' compilers is imported."""
     code = (
@@ -64,6 +70,10 @@ def test_help_needs_no_model_library():
 def test_methods_table_and_json():
     table = call("methods")
     assert table.exit_code == 0 and all(name in table.stdout for name in METHODS)
+    assert "Pages ranked by an upper bound" in table.stdout  # what a method does, not only what it is called
+    page = call("methods", "quest").stdout
+    assert "foveate compare --recipes 'dense; quest@8k'" in page and "Mind that" in page
+    assert "Try it" not in call("methods", "dsa").stdout  # needs weights: a command that cannot run is no help
     listed = json.loads(call("methods", "--json").stdout)
     assert [m["id"] for m in listed] == list(METHODS)
     streaming = next(m for m in listed if m["id"] == "streaming_llm")

@@ -34,11 +34,20 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         kv = KV.dense(meta(1, 8, m, 128), meta(1, 8, m, 128), len=ints(1, 8))
         with hopper(monkeypatch, tmp_path, dense_decode, "attend_dense") as dense:
             kernels.attend(q, kv, Layout.dense(1, 32, 1, m), 0.1, 0.0, False)
+        with hopper(monkeypatch, tmp_path, dense_decode, "attend_dense", "merge_dense") as several:
+            for n in (9, 17):  # tiles of 64 and of 128 queries
+                kernels.attend(meta(1, 32, n, 128), kv, Layout.dense(1, 32, n, m), 0.1, 0.0, False)
         tiles = Layout((1, 32, 1, m), tile_width=16, tiles=ints(1, 8, 1, 128), tile_count=ints(1, 8, 1))
         with hopper(monkeypatch, tmp_path, paging, "attend_tiles") as paged:
             paging_launch.attend(q, kv, tiles, 0.1, False)
         for module in (kernels, paging_launch):
             module._plan.cache_clear()
+        (_, few, few_uses), (_, joined, joined_uses), (_, more, more_uses), _ = several
+        for done, uses, threads, room in ((few, few_uses, 128, 2), (more, more_uses, 256, 1)):
+            assert uses["STACK"] <= 16 and uses["REG"] * threads * room <= 65536
+            assert (done.metadata.shared + 1024) * room <= 228 * 1024
+            assert "cp.async.cg.shared.global" in done.asm["ptx"] and "wgmma" in done.asm["ptx"]
+        assert joined_uses["STACK"] <= 16 and joined_uses["REG"] <= 128
         for built, room in ((dense, 2), (paged, 4)):
             ((_, done, usage),) = built
             assert usage["STACK"] <= 16 and usage["REG"] * 128 * room <= 65536
@@ -60,7 +69,8 @@ else:
         """Steps of 16 keys on four programs: stretches end within rows and go over several. Served however short."""
         cores(monkeypatch, 2)
         monkeypatch.setattr(kernels, "STEP", 0)
-        monkeypatch.setattr(kernels, "ROOM", 0)
+        for name in ("ROOM", "ROOM_FEW"):
+            monkeypatch.setattr(kernels, name, 0)
         yield
         kernels._plan.cache_clear()
 
@@ -124,6 +134,41 @@ else:
         assert float((out - want).abs().max()) > 1e-2 or bool(out.isnan().any())
         arrivals.counters(1, q).zero_()
 
+    @pytest.mark.parametrize("n,r,d,dv", [(2, 4, 32, 32), (9, 4, 32, 24), (17, 2, 16, 16), (5, 1, 64, 64), (9, 8, 16, 16)])
+    def test_a_few_tokens(n, r, d, dv):
+        """Rows shorter than the call among them: their first tokens see nothing."""
+        check(*problem(MIXED, r, d, dv, n=n), 2e-5)
+
+    @pytest.mark.parametrize("more", [{"bias": True}, {"pos": True}, {"bias": True, "pos": True, "kind": "ragged"}], ids=str)
+    def test_a_few_tokens_with_weights_positions_segments(more):
+        check(*problem(MIXED, 2, 32, n=6, **more), 2e-5, softcap=3.0 if len(more) > 1 else 0.0)
+
+    def test_a_few_tokens_without_lengths_and_further_back():
+        q, kv, layout = problem(((77, 77),), r=2, d=32, room=0, n=4)
+        plain = dispatch.KV.dense(kv.k, kv.v)
+        check(q, plain, layout, 2e-5)
+        at = torch.tensor([[31, 32, 33, 34]])
+        check(q, plain, dispatch.Layout.dense(*layout.shape, q_pos=at), 2e-5)
+        check(q, plain, dispatch.Layout.dense(*layout.shape, causal=False), 2e-5)
+        strided = q.transpose(1, 2).contiguous().transpose(1, 2)  # as a model has it
+        check(strided, plain, layout, 2e-5)
+
+    def test_a_few_tokens_on_any_number_of_programs(monkeypatch):
+        q, kv, layout = problem(MIXED, r=2, d=32, n=5)
+        want = oracle(q, kv, layout)
+        for share, n, least in ((1, 1, 1), (2, 1, 1), (2, 3, 2), (2, 40, 1)):
+            cores(monkeypatch, n)
+            monkeypatch.setattr(kernels, "SHARE", share)
+            monkeypatch.setattr(kernels, "LEAST", least)
+            check(q, kv, layout, 2e-5, want=want)
+
+    def test_a_few_tokens_see_nothing_of_each_other_from_behind():
+        """The values of the last token reach it alone, however far they are from the others."""
+        q, kv, layout = problem(((60, 60),), r=2, d=32, n=4)
+        kv.v[:, :, 59] = 1e4
+        out, _ = check(q, kv, layout, 2e-2)
+        assert float(out[:, :, :3].abs().max()) < 10 < float(out[:, :, 3].abs().min())
+
     def test_what_goes_the_long_way(monkeypatch):
         q, kv, layout = problem(MIXED, r=4)
         taken = []
@@ -151,8 +196,9 @@ else:
         }
         for said, call in refused.items():
             assert said in kernels.why_not(*call)
-        two = problem(((20,),))[0].expand(1, 4, 2, 64)
-        assert "one query" in kernels.why_not(two, kv1, layout1)
+        assert "up to 32 queries" in kernels.why_not(*problem(((50,),), n=33))
+        assert kernels.why_not(*problem(((50,),), n=32)) is None
+        assert "128 queries of a kv head in several tokens, not 136" in kernels.why_not(*problem(((50,),), r=8, d=16, n=17))
         assert kernels.why_not(q, kv, layout) is None
 
     def test_where_little_is_to_be_read_the_general_kernel_serves(monkeypatch):
@@ -164,6 +210,8 @@ else:
             kv = dispatch.KV.dense(k, k, len=torch.full((b, g), 100, dtype=torch.int32))
             why = kernels.why_not(q, kv, dispatch.Layout.dense(b, 4, 1, room))
             assert why is None if served else f"65,536 entries of room in all rows together, not {b * room:,}" in why
+            few = kernels.why_not(q.expand(b, 4, 3, 16), kv, dispatch.Layout.dense(b, 4, 3, room))
+            assert few is None and kernels.ROOM_FEW == 16384
         q, kv, layout = problem(MIXED)
         monkeypatch.setattr(kernels, "attend", None)  # the general kernel computes this one
         out, _, _ = backend.forward(q, kv, layout, scale=0.125, softcap=0.0, want=Want())

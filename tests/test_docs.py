@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 
 import foveate
 from foveate import registry
+from foveate.catalogue import entry
+from foveate.errors import ConfigError
 from foveate.evals.frontier import write_summary
 from tests.drive import Drive, oracle, qkv
 from tests.eval_records import evaluation
@@ -64,6 +67,65 @@ def test_a_drawing_is_redone_only_when_its_figures_change(render, tmp_path):
     assert render.render()[figure] not in (made, figure.read_text())
 
 
+def timed(case: str, impl: str, ms: float, **params) -> dict:
+    return {"case": case, "impl": impl, "ms": {"median": ms}, "density": 0.1, "tflops": 1.0, "params": params}
+
+
+def prefill_result(date: str, *rows: tuple[str, float, float]) -> dict:
+    """A timing of prefill attention on made-up cards; rows: (recipe, milliseconds, mass kept)."""
+    made = [
+        timed("131072 tokens", f"{name} at mass=0.95", ms, n=131072, recipe=name, calibration={}, mass=mass, plan_ms=1.0,
+              attend_ms=ms - 1, mass_least_head=0.5, density_computed=0.2, speedup=200 / ms)
+        for name, ms, mass in rows
+    ]  # fmt: skip
+    dense = [timed("131072 tokens", f"dense, {who}", ms, n=131072) for who, ms in (("cuDNN", 200.0), ("ours", 180.0))]
+    return {"bench": "prefill attention", "device": "NVIDIA X1 80GB", "date": date, "rows": made + dense}
+
+
+def test_front_page_of_nothing(render):
+    """Without result files there is no figure, and nothing breaks."""
+    assert render.front_page.headline({}).count("\n") == 1 and render.front_page.figures({}, {}) == ""
+
+
+def test_front_page_names_the_fastest_that_keeps_the_mass(render):
+    """The newest file counts; a recipe that keeps too little, or other logits, is never the headline; recipes are many."""
+    front = render.front_page
+    old = prefill_result("2026-01-01", ("first", 10.0, 0.99))
+    new = prefill_result("2026-01-02", ("fast", 20.0, 0.90), ("best", 40.0, 0.95), ("slow", 80.0, 0.97), ("odd", 5.0, 7.0))
+    text = front.headline({"a": new, "b": old})
+    assert "`best` calibrated by head" in text and "**5.0x**" in text and "95.0 % of the attention mass" in text
+    assert "`slow` calibrated by head" in text and "**2.5x**" in text and "; X1 |" in text
+    assert not any(name in text for name in ("first", "fast`", "odd"))
+    many = prefill_result("2026-01-03", *((f"m{i:02}", 10.0 + i, 0.95) for i in range(12)))
+    table = front.prompt_table(many)
+    assert "`m07 at mass=0.95`" in table and "m08" not in table and "4 slower rows are in BENCHMARKS.md" in table
+    assert "| dense, cuDNN | 128K | 100 % |" in table  # dense stands beside them however many there are
+
+
+def step_result(date: str, *recipes: str, case: str = "131072 tokens, batch 1") -> dict:
+    rows = [timed(case, f"{r}, compiled", 10.0 - i, recipe=f"{r}, compiled", graphs=1) for i, r in enumerate(recipes)]
+    return {"bench": "step", "device": "NVIDIA X1 80GB", "date": date, "rows": rows}
+
+
+def test_front_page_takes_the_fullest_and_newest_steps(render):
+    front = render.front_page
+    quest = "quest:page=64,share=group"
+    full, short = step_result("2026-01-01", "dense", quest, "cache=kivi:bits=4"), step_result("2026-01-02", "dense", quest)
+    again = step_result("2026-01-03", "dense", quest, "cache=kivi:bits=4", "a new recipe")
+    found = {"a": full, "b": short, "c": step_result("2026-01-04", "no attention")}
+    assert list(front.steps(found).values()) == [full] and list(front.steps({"d": again, **found}).values()) == [again]
+    table = front.whole_table({"d": again})
+    assert "| recipe | 1 x 128K tokens, X1 |" in table and "new recipe" not in table and f"| `{quest}` | 9.00 ms |" in table
+    assert "| 10.0 ms ours | 9.00 ms, `quest:page=64,share=group` | **1.1x** |" in front.headline({"d": again})
+
+
+def test_front_page_says_where_another_is_faster(render):
+    rows = [timed(c, i, 1.0, N=32768, D=128, width=128) | {"tflops": t}
+            for c, i, t in (("a", "gluon", 5.0), ("a", "fa4", 4.0), ("b", "gluon", 3.0), ("b", "fa4", 4.0))]  # fmt: skip
+    text = " ".join(render.front_page._slower({"rows": rows}, None))
+    assert text == "FlashAttention-4 is faster in 1 of the 2 cases measured: 32K at 0.10 (4 against 3)."
+
+
 @torch.no_grad()
 def test_readme_examples_run(tmp_path, monkeypatch):
     """Every python block of the README, in order and in one namespace, on a tiny model."""
@@ -92,7 +154,7 @@ def worked_example(monkeypatch):
     )
     module = type(sys)("foveate.methods.dilated")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(code, "ARCHITECTURE.md", "exec"), module.__dict__)
+    exec(compile(code, "ARCHITECTURE.md", "exec", dont_inherit=True), module.__dict__)
     monkeypatch.setitem(registry.METHODS, "dilated", "foveate.methods.dilated:Dilated")
     yield
     registry.get.cache_clear()
@@ -108,8 +170,46 @@ def test_the_worked_example_is_a_method(worked_example):
             torch.testing.assert_close(got, oracle(q, (k, v)), atol=1e-5, rtol=1e-5)
         else:
             assert all(plan.density(x.kv) < 0.9 for x, plan, _ in drive.watch.calls)
+    assert [str(o.values) for o in entry("dilated").options] == ["int, at least 1"] * 2
+    with pytest.raises(ConfigError, match="window expected int"):
+        Drive("dilated:window=wide")
     row = blocks("ARCHITECTURE.md")[1]
     assert '"dilated": "foveate.methods.dilated:Dilated"' in row and 'Row("dilated"' in row
+
+
+FRAME = """
+from __future__ import annotations
+from dataclasses import dataclass
+from foveate.layout import Layout
+from foveate.methods.base import AttnInput, Method, State, option
+{imports}
+
+@dataclass(frozen=True)
+class Means(Method):
+    keep: int = option(20, low=2)
+    block = 16
+    id, roles, selection = "means", ("prefill",), "prompt"
+{plan}"""
+
+
+def test_the_plan_of_the_page_is_one(monkeypatch):
+    """The lines that look at content, with the imports that the page names: dense with room for every block, else less,
+    and a chunk gets the blocks that the whole prompt gets."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    imports = re.search(r"\(with `(from \.\.scores[^`]+)`", text)[1].replace("from ..", "from foveate.")
+    module = type(sys)("foveate.methods.means")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    source = FRAME.format(imports=imports, plan=textwrap.indent(blocks("ARCHITECTURE.md")[2], " " * 4))
+    exec(compile(source, "ARCHITECTURE.md", "exec", dont_inherit=True), module.__dict__)
+    monkeypatch.setitem(registry.METHODS, "means", "foveate.methods.means:Means")
+    q, k, v = qkv(1, 4, 2, 152)
+    torch.testing.assert_close(Drive("means")(q, k, v), oracle(q, (k, v)), atol=1e-5, rtol=1e-5)
+    drive, split = Drive("means:keep=3"), Drive("means:keep=3")
+    whole = drive(q, k, v)
+    assert drive.watch.calls[0][1].density(drive.watch.calls[0][0].kv) < 0.8
+    parts = [split(*(t[:, :, a:b] for t in (q, k, v))) for a, b in ((0, 80), (80, 152))]
+    torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-5, rtol=1e-5)
+    registry.get.cache_clear()
 
 
 def test_architecture_names_what_exists():

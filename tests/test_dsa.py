@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import foveate
+from foveate.bench import breakeven
 from foveate.cache import DenseStore
 from foveate.cache.fixed import FixedDense
 from foveate.errors import ConfigError, UnsupportedError
@@ -189,6 +190,15 @@ def test_rounding():
     assert float(scale[-1]) == 2.0 ** math.ceil(math.log2(1e-4 / 448))
 
 
+def test_scales_at_the_edge():
+    """The least power of two that leaves no number above 448: exactly, on every device."""
+    for power in range(-6, 8):
+        edge = torch.tensor(448.0) * 2.0**power
+        for x, want in ((edge, power), (edge.nextafter(torch.tensor(1e9)), power + 1), (edge.nextafter(-edge), power)):
+            y, scale = round8(x[None])
+            assert float(scale) == 2.0**want and float(y.abs()) <= 448
+
+
 def test_negative_weights_and_ties():
     """No softmax: a negative weight pushes down. Zeros of ReLU go to the lower position, the query's own token is in."""
     q = torch.ones(1, 1, 1, 4)
@@ -350,6 +360,22 @@ def test_captured_steps_are_the_steps():
     got = said(model, ids, mask, 12)
     assert torch.equal(got, want) and handle.graphs.replays >= 8 and not handle.notes
     handle.remove()
+
+
+def test_break_even_lengths_need_no_profile(monkeypatch):
+    """Random weights stand in, for all lengths the same; the result is that of the method as it was asked for."""
+    own, made, save = random_profile(2, 1, 16), [], Profile.save
+    monkeypatch.setattr(Profile, "save", lambda self, path: made.append(self.tensors["layer.1.q"].shape) or save(self, path))
+    monkeypatch.setattr(breakeven, "LEAST", 0.0)
+    small = dict(lengths=[24, 40], shape=breakeven.Shape(2, 1, 16, torch.float32, 2), device="cpu", rounds=1)
+    data = breakeven.run(["decode=dsa:budget=20"], **small)
+    assert data["notes"] == [] and made == [(64, 128, 16)]
+    assert [(r["params"]["n"], r["params"]["method"]) for r in data["rows"]] == [
+        (n, "dsa:budget=20,fp8=True,profile=None") for n in (40, 24)
+    ]
+    assert 0.3 < data["rows"][0]["density"] < 0.6  # 20 of 40 tokens and a few steps more
+    assert "decode=dsa" in breakeven.DECODE
+    assert breakeven.run([f"decode=dsa:budget=20,profile={own}"], **small)["notes"] == [] and len(made) == 1
 
 
 def test_options_and_errors(tmp_path):

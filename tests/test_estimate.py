@@ -54,6 +54,18 @@ else:
         monkeypatch.setattr(kernels, "device", lambda index: (99 * 1024, 2))
         cases.check_probe(1, 4, 2, 100, 250, 16, 11, tolerance=1e-5)
 
+    @pytest.mark.parametrize("end", [64, 128, 192])
+    def test_probe_over_keys_of_two_kinds(monkeypatch, end):
+        """The edge inside the first program, between programs, and at the last tile."""
+        monkeypatch.setattr(kernels, "PROBE_ROWS", 64)
+        monkeypatch.setattr(kernels, "device", lambda index: (99 * 1024, 2))
+        ran = []
+        last = kernels.last_queries
+        monkeypatch.setattr(kernels, "last_queries", lambda *args: ran.append(args) or last(*args))
+        cases.check_probe(1, 4, 2, 100, 250, 16, 11, tolerance=1e-5, end=end)
+        cases.check_probe(1, 4, 2, 100, 250, 16, 11, tolerance=1e-5, end=end + 1)  # between no two tiles: not by kernels
+        assert len(ran) == 1
+
     def test_what_the_probe_leaves_to_others():
         q, k = cases.draw(1, 4, 50, 16), cases.draw(1, 2, 50, 16)
         plain = KV.dense(k, k)
@@ -85,6 +97,8 @@ else:
         x[1], x[2], x[3] = cases.rounded(x[1], 4), 0.0, 1 / 3
         for p in (0.0, 0.4, 0.9, 1.0):
             cases.check_mass(x, p)
+        cases.check_mass(x, torch.tensor([0.4, 1.0, 1.0, 0.9]))
+        cases.check_mass(torch.stack((x, x)), torch.tensor([0.0, 0.9, 0.4, 1.0], dtype=torch.float64))
 
     @pytest.mark.parametrize("many", [1, 5, 250])
     def test_merged_diagonals(many, monkeypatch):
@@ -117,6 +131,11 @@ else:
         prob = cases.check_scores(3, 4, 1, 2, 1, 16, tolerance=1e-5, b=1)
         cases.check_choice(prob, 1, p=p)
         cases.check_pairs(prob, 1, p, 1)
+
+    def test_a_share_per_head():
+        prob = cases.check_scores(5, 7, 2, 4, 2, 24, tolerance=1e-5, b=1)
+        for lists in (4, 2):
+            cases.check_pairs(prob, 2, torch.tensor([[0.5, 1.0, 0.0, 0.9]]), lists)
 
     # ------------------------------------------------------------------ whole plans
     PLANS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 
@@ -71,6 +72,7 @@ else:
     from tests.estimate_lowbit_cases import Grid
 
     SMALL = Grid(64, 32, 32, 32, 64)
+    WANTED = (64, 16, 32, "fragment")
 
     @pytest.mark.parametrize("share,bits", [("fragment", 4), ("token", 4), ("fragment", 8)])
     def test_integer_keys(share, bits):
@@ -102,6 +104,25 @@ else:
     def test_blocks_in_pieces(monkeypatch):
         monkeypatch.setattr(cases.low, "HELD", 1)
         cases.check_blocks(4, 2, 200, 0, 16, SMALL, 1.0)
+
+    def test_the_largest_sums():
+        assert 0.01 < cases.check_limit(cases.low.block_bits, 256) < 0.9
+
+    @pytest.mark.parametrize("bits,dtype", [(4, torch.float8_e4m3fn), (5, torch.int8)])
+    def test_hopper_takes_the_logits(bits, dtype, monkeypatch):
+        """Gluon's kernel gets keys of the dtype whose products are exact, where it has no reason against the call."""
+        taken, hopper = [], cases.low.hopper
+        monkeypatch.setattr(hopper, "why_not", lambda q, width, *blocks: None if (width, *blocks) == WANTED else "other")
+        bind = inspect.signature(hopper.arguments).bind
+        monkeypatch.setattr(hopper, "run", lambda *args, **how: taken.append(bind(*args, **how)))
+        cases.check_blocks(2, 1, 100, 0, 64, Grid(16, 32, 0, 0, 32), 1.0, slack=14, bits=bits)
+        (call,) = taken
+        ints, steps, extra = call.arguments["keys"]
+        assert ints.dtype == dtype and ints.shape == (1, 256, 64) and steps.shape == (1, 256) and extra.shape == (2, 256)
+        assert not call.arguments["words"].any() and call.arguments["sizes"] == (16, 0, 0, 32)
+        monkeypatch.setattr(cases.low, "HOPPER", False)
+        cases.check_blocks(2, 1, 100, 0, 64, Grid(16, 32, 0, 0, 32), 1.0, bits=bits)
+        assert len(taken) == 1
 
     def test_rows_without_a_threshold():
         """-inf keeps every block of a head, whatever the others do."""

@@ -16,6 +16,21 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.importorskip("triton")
         run_in_the_interpreter(__file__)
 
+    def test_probe_of_two_kinds_of_keys_compiles_for_hopper(monkeypatch, tmp_path):
+        """As qwen1m asks the last of 19 chunks: with the shared memory and registers of a probe of one kind."""
+        from foveate.kernels.triton import estimate_launch, estimate_probe
+        from foveate.kv import KV
+
+        meta = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")  # noqa: E731
+        monkeypatch.setattr(estimate_launch, "device", lambda index: (227 << 10, 132))
+        k, far = meta(1, 8, 1 << 17, 128), (meta(1, 32, 64, 128), meta(1, 8, 17 * 7168, 128), 17 * 7168)
+        with hopper(monkeypatch, tmp_path, estimate_probe, "row_sums", "row_mass") as built:
+            for other in (None, far):
+                estimate_launch.last_queries(meta(1, 32, 64, 128), KV.dense(k, k), 64, 0.1, None, other)
+        sizes = [(name, done.metadata.shared) for name, done, _ in built]
+        assert sizes[:2] == sizes[2:] and all(size <= 227 << 9 for _, size in sizes), sizes
+        assert all(usage["STACK"] <= 32 for _, _, usage in built), built
+
     def test_compiles_for_hopper(monkeypatch, tmp_path):
         from foveate.kernels.triton import estimate_regions, rotate, rotate_launch
         from foveate.kernels.triton import estimate_regions_launch as launch
@@ -138,12 +153,33 @@ else:
         def unrotate(self, x, pos):
             return x
 
+    class Mirror:
+        """Pairs, but no rotation of them: both channels of a pair do not turn alike."""
+
+        def rotate(self, x, pos):
+            a, z = x.chunk(2, -1)
+            c, s = (f(pos[:, None, :, None].to(x.dtype) * 0.3) for f in (torch.cos, torch.sin))
+            return torch.cat((a * c + z * s, a * s - z * c), -1)
+
+        def unrotate(self, x, pos):
+            return self.rotate(x, pos)
+
     @pytest.fixture
     def always(monkeypatch):
         monkeypatch.setattr(rotation, "SMALL", 0)
 
     @pytest.mark.parametrize(
-        "rope", [Rotary(24), Other(24, True), Other(24, False, 1.3), Other(16, True), Other(10, False), Nothing(), Mixed()]
+        "rope",
+        [
+            Rotary(24),
+            Other(24, True),
+            Other(24, False, 1.3),
+            Other(16, True),
+            Other(10, False),
+            Nothing(),
+            Mixed(),
+            Mirror(),
+        ],
     )
     @pytest.mark.parametrize("b,heads,n", [(1, 3, 50), (2, 1, 33), (1, 1, 1)])
     def test_moved(always, monkeypatch, rope, b, heads, n):
@@ -152,14 +188,14 @@ else:
         new = old // 3 + 7
         with plain():
             want = rotation.moved(x.double(), rope, old, new)
-        assert (rotation.channels(rope, x) is None) == isinstance(rope, Mixed)
+        assert (rotation.channels(rope, x) is None) == isinstance(rope, Mixed | Mirror)
         monkeypatch.setattr(rotation, "pieces", lambda n, *_: [(i, min(n, i + 20)) for i in range(0, n, 20)])
         got = rotation.moved(x, rope, old, new)
         assert got.dtype == x.dtype
         torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-4)
         half = rotation.moved(x.half(), rope, old, new)
         assert half.dtype == torch.float16
-        if not isinstance(rope, Mixed):
+        if not isinstance(rope, Mixed | Mirror):
             torch.testing.assert_close(half.double(), want, atol=1e-2, rtol=1e-2)
 
     def test_one_position_for_all_rows(always):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from foveate.evals.pareto import by_protocol
+from foveate.evals.pareto import Point, by_protocol
 from foveate.evals.results import Results
 from foveate.report import eval_plots, evals, plots
 from foveate.report.eval_terminal import print_results
@@ -107,6 +107,18 @@ def test_a_needle_grid_colours_and_numbers_its_cells():
     assert ">4K<" in grid and ">8,000<" in grid and ">50<" in grid and "8,000 tokens, depth 100 %: 50 (2 samples)" in grid
     many = eval_plots.needle_grid({(d / 10, n * 1024): (1.0, 1) for d in range(11) for n in range(1, 12)})
     assert many.count("<rect") == 121 and "<text" in many and ">100<" not in many
+
+
+def test_scores_that_are_alike_do_not_look_far_apart():
+    """A tenth of a point fills no axis: the scale spans four points at least."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    for scores, least, most in (((1.0, 0.999), 4.0, 6.0), ((1.0, 0.2), 80.0, 100.0)):
+        points = [Point(str(i), str(i), 1024, dense=i == 0, quality=q, step=1.0 + i) for i, q in enumerate(scores)]
+        axis = plt.figure().add_subplot()
+        eval_plots._draw_front(axis, points, "step", {"0": 1, "1": 2})
+        low, high = axis.get_ylim()
+        assert least <= high - low <= most
+        plt.close("all")
 
 
 def test_the_drawing_of_the_fronts_stands_alone(made):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from foveate.kv import KV
 from foveate.layout import Layout
 from foveate.methods.base import State
 from foveate.methods.flexprefill import FlexPrefill
+from foveate.profile import Profile
 from foveate.registry import parse
 from tests.drive import oracle
 from tests.prompts import SHAPES, call, probe_rows, prompt
@@ -186,6 +188,33 @@ def test_pooled_guess_that_is_exact_is_trusted():
     got = method.plan(x, State())
     for h in range(2):
         assert named(got, x, h, 16) == transcribe(method, x, h)[0]
+
+
+def gammas(tmp_path, table, **options):
+    made = {"block": 16, "tau": 0.1, "min_budget": 32, "max_budget": None} | options
+    Profile(method="flexprefill", options=made, tensors={"gamma": torch.tensor(table)}).save(tmp_path / "p")
+    return FlexPrefill(block=16, min_budget=32, tau=made["tau"], profile=str(tmp_path / "p"))
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3, 10.0])  # no head, some and all trust the pooled guess
+def test_a_gamma_per_head_is_that_gamma(tau, tmp_path):
+    q, k, v = prompt("random", h=6, g=3, m=200)
+    x = replace(call(q, k, v, 40), layer=1, layers=2)
+    row = [0.0, 0.25, 0.5, 0.75, 0.875, 1.0]
+    got = gammas(tmp_path, [[0.5] * 6, row], tau=tau).plan(x, State())
+    sizes = []
+    for head, gamma in enumerate(row):
+        want = FlexPrefill(**SMALL, gamma=gamma, tau=tau).plan(x, State())
+        assert named(got, x, head, 16) == named(want, x, head, 16)
+        sizes.append(len(named(got, x, head, 16)))
+    assert sizes[0] < sizes[-1] == int(FlexPrefill(**SMALL, gamma=1.0).plan(x, State()).tile_count[0, 0].sum())
+
+
+def test_profiles_that_do_not_fit(tmp_path):
+    with pytest.raises(ConfigError, match=r"profile was made with tau=0\.2, but tau is 0\.1"):
+        replace(gammas(tmp_path, [[0.5]], tau=0.2), tau=0.1)
+    with pytest.raises(ConfigError, match=r"gamma \[layers, heads\]"):
+        gammas(tmp_path, [0.5])
 
 
 def test_work_in_pieces_is_the_same(monkeypatch):

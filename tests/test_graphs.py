@@ -61,10 +61,50 @@ class Replay:
         self.logits.copy_(self.graphs._run(self.cache, self.held.ids, self.held.at).logits)
 
 
+class Called:
+    """Stands for the graph of a call of a few tokens, with the host's numbers as they were when it was recorded: views and
+    positions that knew of them would be wrong. What the host does behind a replay is not done here."""
+
+    def __init__(self, graphs, cache, held):
+        self.graphs, self.cache, self.held, self.layers = graphs, cache, held, [x.cache for x in cache.layers]
+        self.then = self.host()
+        self.logits = graphs._run(cache, held.ids, held.at).logits
+        self.rows, self.fresh = [bindings(c.rows) for c in self.layers], True
+
+    def host(self):
+        return [
+            ((list(c.seen), c.steps, c.fresh, c.pending, bindings(c.rows), c.batch), c.store.counted(), layer.columns)
+            for c, layer in zip(self.layers, self.cache.layers, strict=True)
+        ]
+
+    def set(self, held):
+        for c, layer, (facts, counted, columns) in zip(self.layers, self.cache.layers, held, strict=True):
+            (c.seen, c.steps, c.fresh, c.pending, c.rows, c.batch), layer.columns = facts, columns
+            c.store.recount(counted)
+
+    def replay(self):
+        if self.fresh:  # the capture itself, which has run
+            self.fresh = False
+            return
+        now = self.host()
+        rows = [c.rows for c in self.layers]
+        self.set([((list(f[0]), *f[1:4], bindings(f[4]), f[5]), counted, n) for f, counted, n in self.then])
+        self.logits.copy_(self.graphs._run(self.cache, self.held.ids, self.held.at).logits)
+        for c, old in zip(self.layers, self.rows, strict=True):
+            for there, t in zip(tensors(old), tensors(c.rows), strict=True):
+                there.copy_(t)  # where the graph's own memory is
+        self.set(now)
+        for c, held in zip(self.layers, rows, strict=True):
+            c.rows = held
+
+
 class Dry(Graphs):
     devices = ("cpu",)
 
     def record(self, cache, held):
+        if held.ids.shape[1] > 1:
+            called = Called(self, cache, held)
+            return called, called.logits
         held.advance = lambda cache: None
         replay = Replay(self, cache, held)
         return replay, replay.logits
@@ -120,6 +160,8 @@ class Recorded(Replay):
 
 class Strict(Dry):
     def record(self, cache, held):
+        if held.ids.shape[1] > 1:
+            return super().record(cache, held)
         held.advance = lambda cache: None
         replay = Recorded(self, cache, held)
         return replay, replay.logits

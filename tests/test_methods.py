@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -182,6 +183,13 @@ def part(row: Row, role: str, text: str) -> Recipe:
 
 def test_every_method_has_a_row():
     assert sorted(IDS) == sorted(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_says_what_it_is(name):
+    for f in dataclasses.fields(get(name)):
+        text = f.metadata.get("help", "")
+        assert len(text.split()) >= 3 and len(text) <= 80 and text == text.strip() and not text.endswith("."), (f.name, text)
 
 
 @rows

@@ -128,16 +128,17 @@ def test_the_terminal_shows_the_same_facts(name):
     assert got.exit_code == 0, got.output
     words = " ".join(got.stdout.split())
     assert e.title and e.line and e.paper and (e.text or name == "dense")
-    for text in (e.line, e.paper, *e.use, *e.avoid, *(o.name for o in e.options)):
+    for text in (e.line, e.paper, *e.use, *e.avoid, *(o.name for o in e.options), *(o.help for o in e.options)):
         assert " ".join(text.split()) in words, text
     assert json.loads(call(name, "--json").stdout)["id"] == name
+    assert not any("|" in o.values + o.help for o in e.options)  # which would end a cell of the page's table
 
 
 def test_facts_are_those_of_the_class():
     e = entry("quest")
     assert e.title == "Quest" and e.roles == get("quest").roles and e.presets["8k"]["budget"] == 1024
     page = next(o for o in e.options if o.name == "page")
-    assert page.default == 16 and page.values == "int, at least 1"
+    assert page.default == 16 and page.values == "int, at least 1" and page.help == "tokens of a page"
     assert any("2,048 tokens" in text for text in e.avoid) and any("share=group" in text for text in e.use)
     assert any("calibrate flexprefill" in text for text in entry("flexprefill").use) is bool(get("flexprefill").knob)
     assert [shown(v) for v in (None, True, 0.5, 1, "x")] == ["none", "true", "0.5", "1", "x"]

@@ -44,6 +44,32 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         for name, _, usage in selected + appended:
             assert usage["STACK"] <= (128 if name == "select_pages" and pages > 8192 else 0), name
 
+    def test_entries_compile_for_hopper(monkeypatch, tmp_path):
+        """Attention over single entries: no spills, room for its programs, and keys and values copied past the registers."""
+        from types import SimpleNamespace
+
+        from foveate.kernels.triton import arrivals, paging
+        from foveate.kernels.triton import paging_launch as kernels
+        from foveate.kv import KV
+
+        meta = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+        ints = lambda *shape: meta(*shape, dtype=torch.int32)  # noqa: E731
+        monkeypatch.setattr(kernels, "device", lambda index: (227 * 1024, 132))
+        monkeypatch.setattr(kernels, "_entries_plan", kernels._entries_plan.__wrapped__)  # remembers nothing of this device
+        monkeypatch.setattr(arrivals, "counters", lambda n, part: ints(n))
+        q, k = meta(1, 32, 1, 128), meta(1, 8, 1 << 17, 128)
+        with hopper(monkeypatch, tmp_path, paging, "attend_entries") as built:
+            for lists, n in ((1, 2048), (32, 128)):
+                layout = SimpleNamespace(tiles=None, entries=ints(1, lists, 1, n), entry_count=ints(1, lists, 1))
+                kernels.attend(q, KV.dense(k, k, len=ints(1, 8)), layout, 0.1, False)
+        assert len(built) == 2
+        for _, kernel, usage in built:
+            assert usage["STACK"] == 0
+            assert (kernel.metadata.shared + 1024) * kernels.ENTRY_SHARE <= 228 * 1024, kernel.metadata.shared
+            assert usage["REG"] * 32 * kernel.metadata.num_warps * kernels.ENTRY_SHARE <= 65536, usage
+            # In front of the loop K and V of two steps: each 8 copies of 16 bytes a thread, and once more inside.
+            assert kernel.asm["ptx"].count("cp.async.cg.shared.global") >= 48
+
 else:
     from foveate.kernels import triton as backend
     from foveate.kernels.triton import paging_launch as kernels
@@ -203,6 +229,28 @@ else:
             results.append(cases.check_attend(q, kv, *tiles, 16, 2e-5)[0])
         kernels._plan.cache_clear()
         torch.testing.assert_close(results[0], results[2], atol=1e-6, rtol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["dense", "paged"])
+    @pytest.mark.parametrize("heads,rows", [(1, 1), (1, None), (2, None), (8, None)])
+    def test_attention_over_entries(kind, heads, rows, monkeypatch):
+        """Lists that all share, of a kv head and of a query head; programs with one step, with several and with none."""
+        q, kv = problem(4, 64, ((210, 210), (70, 9)), kind)
+        entries, count = cases.random_entries(kv, heads, 140, seed=heads, rows=rows)
+        for cores, most, chunk in ((1, 64, 8), (100, 64, 8), (100, 16, 8), (100, 16, 1)):
+            monkeypatch.setattr(kernels, "device", lambda index, cores=cores: (99 * 1024, cores))
+            monkeypatch.setattr(kernels, "ENTRIES", most)
+            monkeypatch.setattr(kernels.arrivals, "chunk", lambda *_, chunk=chunk: chunk)
+            kernels._entries_plan.cache_clear()
+            cases.check_attend(q, kv, entries, count, 1, 2e-5)
+        count[0, 0] = 0
+        out, lse = cases.check_attend(q, kv, entries, count, 1, 2e-5)
+        assert bool((lse[0, :1] == float("-inf")).all()) and bool((out[0, :1] == 0).all())
+        kernels._entries_plan.cache_clear()
+
+    @pytest.mark.parametrize("n,d,dtype", [(1, 16, torch.float32), (5, 96, torch.float32), (40, 128, torch.float16)])
+    def test_attention_over_few_entries(n, d, dtype):
+        q, kv = problem(3, d, LENGTHS[1], dtype=dtype)
+        cases.check_attend(q, kv, *cases.random_entries(kv, 2, n, seed=n), 1, 2e-5 if dtype == torch.float32 else 2e-3)
 
     # ------------------------------------------------------------------ together
     @pytest.mark.parametrize("share", ["group", "head"])

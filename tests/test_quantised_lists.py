@@ -15,7 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:
     import foveate
-    from foveate.kernels import packed
+    from foveate.kernels import packed, packed_rules
     from foveate.kernels.dispatch import attend, explain
     from foveate.packed import PackedKV
     from tests.compiling import hopper
@@ -39,7 +39,7 @@ if not INTERPRETED:
     def test_bounds(case, page):
         cases.check_bounds(cases.CASES[case], cases.ROWS[1], torch.float32, "cpu", page)
 
-    def test_reasons():
+    def test_reasons(monkeypatch):
         """What it does not take it says, and another backend computes it on a dense copy."""
         store, _ = cases.stepped(cases.CASES[0], (150, 150), torch.float32, "cpu", True, False)
         kv = store.view()
@@ -48,7 +48,7 @@ if not INTERPRETED:
         one = torch.ones(1, 1, dtype=torch.int32)
         both = torch.zeros(2, 2, 1, 1, dtype=torch.int32), torch.zeros(2, 2, 1, dtype=torch.int32)
         for change, said in (
-            ({"window": one}, "no sink, window"),
+            ({"window": one, "causal": False}, "a rule of causal attention"),
             ({"entries": both[0], "entry_count": both[1]}, "either tiles or single entries"),
             ({"tiles": plan.tiles[:, :, :, :0]}, "with a place"),
         ):
@@ -56,7 +56,11 @@ if not INTERPRETED:
             assert said in next(c.reason for c in explain(q, kv, other) if c.backend == "packed")
         assert next(c.reason for c in explain(q, kv, plan) if c.backend == "packed") is None
         assert not kv.made
-        attend(q, kv, foveate.layout.replace(plan, window=one))
+        with monkeypatch.context() as patch:
+            patch.setattr(packed_rules, "MOST", 1.0)
+            attend(q, kv, foveate.layout.replace(plan, window=one))
+        assert not kv.made
+        attend(q, kv, foveate.layout.replace(plan, window=one, causal=False))
         assert kv.made
 
     @pytest.mark.parametrize(

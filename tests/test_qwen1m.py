@@ -283,12 +283,49 @@ def test_the_output_is_one_softmax_over_the_selected_pairs(case):
     torch.testing.assert_close(got[0], want, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+@pytest.mark.parametrize("start", [0, 150])
+def test_one_chunk_is_vertical_slash(case, start):
+    """No longer than a chunk: distances as the card has them, of blocks that end where theirs end, not of a grid."""
+    x, (q, k, _, rope) = rotated_call(case, start)
+    method = Qwen1M(**SMALL | {"chunk": 336})  # L = 320
+    layout = method.plan(x, State())
+    assert isinstance(layout, Layout) and layout.tiles is None and layout.entries is None
+    layout.validate()
+    got, block = layout.to_mask(x.kv)[0], method.block
+    for head, (columns, distances) in ((h, chosen(method, q, k, rope, start, x.scale)[0, h]) for h in range(q.shape[1])):
+        reached = {d + 1 + r for d in distances for r in range(block)}  # from the end of a block to a key
+        runs = sorted(y for y in reached if y - 1 not in reached)
+        ends = [next(z for z in range(y, 999) if z not in reached) for y in runs]
+        tiles = {z for y, end in zip(runs, ends, strict=True) for z in range(y, y + -(-(end - y) // block) * block)}
+        for i in range(start, 300):
+            away = (i // block + 1) * block
+            assert set(got[head, i - start].nonzero()[:, 0].tolist()) == {
+                j for j in range(i + 1) if j in columns or away - j in tiles
+            }, (head, i)
+
+
+def test_one_chunk_is_the_plan_of_minference():
+    """Its fast path; and the published configuration has one chunk up to 253,952 tokens."""
+    x, _ = rotated_call(CASES[4])
+    same = dict(columns=20, diagonals=70, sink=5, last_q=16)
+    want = parse("minference:" + ",".join(f"{a}={b}" for a, b in same.items()) + ",local=60").plan(x, State())
+    for share in ("head", "group"):
+        got = parse("qwen1m@1m").make("1m", threshold=0, near=60, share=share, **same).plan(x, State())
+        assert got.diagonals.shape[1] == (x.groups if share == "group" else x.q.shape[1])
+        if share == "head":
+            for name in ("diagonals", "diagonal_count", "columns", "column_count"):
+                assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert parse("qwen1m@1m").grid.length == 253952
+
+
 def test_pieces_of_one_chunk_are_the_whole_prompt():
+    """From the second chunk on: what is no longer than one has distances without a grid."""
     q, k, v, rope = CASES[1].make()
     text = "qwen1m:" + ",".join(f"{a}={b}" for a, b in SMALL.items())
     whole, drive = Drive(text, d=32), Drive(text, d=32)
     want = whole(q, k, v)
-    got = [drive(*(t[:, :, a:b] for t in (q, k, v))) for a, b in ((0, 96), (96, 192), (192, 288), (288, 300))]
+    got = [drive(*(t[:, :, a:b] for t in (q, k, v))) for a, b in ((0, 192), (192, 288), (288, 300))]
     torch.testing.assert_close(torch.cat(got, 2), want, atol=1e-5, rtol=1e-5)
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import zlib
+from dataclasses import replace
 
 import pytest
 
@@ -206,7 +207,16 @@ def test_summary_is_honest(comparison):
     wrong = Comparison(comparison.facts, [row("dense", answered=False), row("x", 0.5)])
     assert "Dense attention itself does not give the answer" in report.summary(wrong)
     none = Comparison(comparison.facts, [row("dense"), row("x", 2.0)])
-    assert "none is faster or smaller" in report.summary(none)
+    assert "none is smaller than dense here, or faster by 5%" in report.summary(none)
+
+
+@pytest.mark.parametrize("first, rate, said", [(0.97, 1.03, False), (0.94, 1.0, True), (1.0, 1.06, True)])
+def test_summary_calls_nothing_faster_that_one_pass_cannot_tell(comparison, first, rate, said):
+    """Three per cent may be noise, six may not."""
+    dense = row("dense")
+    other = replace(row("x"), first_token=first * dense.first_token, tokens_per_second=rate * dense.tokens_per_second)
+    text = report.summary(Comparison(comparison.facts, [dense, other]))
+    assert ("of dense)" in text) is said and ("none is smaller" in text) is not said
 
 
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -14,7 +14,7 @@ from foveate.kv import KV
 from foveate.scores.divergence import jensen_shannon
 from foveate.scores.keys import pieces
 from foveate.scores.pooled import block_logits, block_pool, block_softmax, causal_blocks, pool_keys
-from foveate.scores.probes import last_queries
+from foveate.scores.probes import Far, last_queries
 from tests.drive import qkv
 
 CASES = settings(deadline=None, max_examples=25)
@@ -75,6 +75,20 @@ def test_probe_softcap_and_bias():
     got = last_queries(q, KV.dense(k, v, bias=bias), 5, scale=0.9, softcap=2.0)
     columns, _ = sums(dense_probs(q, k, 0.9, 2.0, bias), 5)
     torch.testing.assert_close(got.columns.double(), columns, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 300, 1 << 24])
+def test_probe_over_keys_of_two_kinds(budget):
+    """The first 12 entries are other keys, which meet other queries: one softmax over both."""
+    (q, k, v), (q2, k2, _) = qkv(2, 4, 2, 40, d=8), qkv(2, 4, 2, 40, d=8, seed=3)
+    got = last_queries(q, KV.dense(k, v), 7, scale=0.7, softcap=3.0, budget=budget, far=Far(q2, k2, 12))
+    here, there = (
+        3.0 * torch.tanh(0.7 * a.double() @ b.double().repeat_interleave(2, 1).mT / 3) for a, b in ((q, k), (q2, k2))
+    )
+    s = torch.cat((there[..., :12], here[..., 12:]), -1)
+    p = s.masked_fill(~torch.ones(40, 40, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
+    for mine, theirs in zip((got.columns, got.diagonals), sums(p, 7), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["max", "sum"])

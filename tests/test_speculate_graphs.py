@@ -20,15 +20,18 @@ PILLAR = "pillar_attn:draft=4,ratio=0.2,least=12"
 
 
 class Counts(Strict):
-    """Keeps (phase, decode step) of every step that was recorded, and the phases that were replayed."""
+    """Keeps the decode step of every step that was recorded, and the tokens of every call of a few."""
 
     def __init__(self, handle):
         super().__init__(handle)
-        self.recorded, self.stores = [], []
+        self.recorded, self.stores, self.verified = [], [], []
 
     def record(self, cache, held):
-        self.recorded.append(cache.layers[0].cache.steps)
-        self.stores.append([id(s) for s in held.stores])
+        if (n := held.ids.shape[1]) > 1:
+            self.verified.append(n)
+        else:
+            self.recorded.append(cache.layers[0].cache.steps)
+            self.stores.append([id(s) for s in held.stores])
         return super().record(cache, held)
 
 
@@ -58,7 +61,8 @@ def ragged(rows, n=45):
 @torch.no_grad()
 def test_captures_end_with_the_third_cycle(family, recipe, rows):
     """Two graphs serve all drafts: the step that makes the set and the one that uses it. The first cycle has no scores yet,
-    so its graph goes with them; then each is run once and recorded once, and everything behind is replayed."""
+    so its graph goes with them; then each is run once and recorded once, and everything behind is replayed. Of verifications
+    the third is recorded."""
     model, (ids, mask) = tiny(family), ragged(rows)
     want, plain = run(model, ids, mask), speculate.Stats()
     with foveate.use(model, recipe):
@@ -68,7 +72,7 @@ def test_captures_end_with_the_third_cycle(family, recipe, rows):
 
     def watched(self, *args):
         out = cycle(self, *args)
-        marks.append((len(graphs.recorded), graphs.replays, self.cache.layers[0].cache.steps))
+        marks.append((len(graphs.recorded), graphs.replays, graphs.calls.replays))
         return out
 
     stats = speculate.Stats()
@@ -81,6 +85,7 @@ def test_captures_end_with_the_third_cycle(family, recipe, rows):
     assert graphs.recorded == [2, 2, 0]
     replayed = [b[1] - a[1] for a, b in zip(marks[2:], marks[3:], strict=False)]
     assert len(replayed) >= 4 and all(n == 4 for n in replayed[:-4] or replayed[:1])  # the last cycles draft less
+    assert graphs.verified[:1] == [5] and [m[2] for m in marks[:5]] == [0, 0, 1, 2, 3] and not graphs.verified.count(5) > 1
     handle.remove()
 
 
@@ -111,6 +116,7 @@ def test_a_store_that_grows_is_captured_anew(monkeypatch):
     assert torch.equal(got, want) and stats.cycles > 14
     places = {tuple(s) for s in handle.graphs.stores}
     assert 2 <= len(places) <= 3 and len(handle.graphs.recorded) <= 1 + 2 * len(places)
+    assert 2 <= handle.graphs.verified.count(5) <= len(places) and handle.graphs.calls.replays >= 4
     handle.remove()
 
 
@@ -130,8 +136,9 @@ def test_sampled_drafts_are_replayed():
 
 
 # ---------------------------------------------------------------------- rollbacks by hand
-def cycles(model, ids, back, turns=None):
-    """Logits of every call: drafts of 4, a verification of 5, of which the last `back[i]` tokens go."""
+def cycles(model, ids, back, turns=None, keep=0):
+    """Logits of every call, of a verification the last `keep` (5 is a reason to capture it): drafts of 4, a verification of
+    5, of which the last `back[i]` tokens go."""
     out = [model(ids, use_cache=True)]
     cache = out[0].past_key_values
     more = tokens(1, 5 * len(back), seed=3).to(ids.device)
@@ -141,25 +148,38 @@ def cycles(model, ids, back, turns=None):
         for t in range(4):
             out.append(model(input_ids=more[:, 5 * i + t : 5 * i + t + 1], past_key_values=cache, use_cache=True))
         cache.crop(-4)
-        out.append(model(input_ids=more[:, 5 * i : 5 * i + 5], past_key_values=cache, use_cache=True))
+        new = more[:, 5 * i : 5 * i + 5]
+        out.append(model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=keep))
         if r:
             cache.crop(-r)
-    return torch.cat([o.logits[:, -1] for o in out]), cache
+    return torch.cat([o.logits[0, -max(1, keep) :] for o in out]), cache
 
 
-@pytest.mark.parametrize("backs", [(0, 1, 2, 3, 4, 0, 4, 4), (5, 5, 0, 5, 2, 6, 1, 9)])
+def remembered(cache):
+    """What the host knows of a cache, but for what a replayed step does not tell it and where it lies."""
+    layer = cache.layers[1]
+    held, seen = layer.cache, layer.cache.rows[0].get(SEEN)
+    row = None if seen is None else (seen.first.tolist(), seen.above, seen.since, seen.alive, seen.number)
+    return layer.columns, held.seen, held.steps, held.pending, held.fresh, held.store.lens, row
+
+
+BACKS = [(0, 1, 2, 3, 4, 0, 4, 4), (5, 5, 0, 5, 2, 6, 1, 9)]
+
+
+@pytest.mark.parametrize("backs,keep", [(BACKS[0], 5), (BACKS[1], 5), (BACKS[1], 0)])
 @torch.no_grad()
-def test_rollbacks_of_every_length(backs):
+def test_rollbacks_of_every_length(backs, keep):
     """5 takes the whole verification back and with it the scores, 6 and 9 some of what came before."""
     model, ids = tiny(num_hidden_layers=2), tokens(1, 60)
     with foveate.use(model, PILLAR):
-        want, _ = cycles(model, ids, backs)
+        want, plain = cycles(model, ids, backs, keep=keep)
     handle = counting(model, PILLAR)
-    got, cache = cycles(model, ids, backs)
+    got, cache = cycles(model, ids, backs, keep=keep)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-    assert handle.graphs.replays >= 8
+    assert handle.graphs.replays >= 8 and handle.graphs.calls.replays == (6 if keep else 0)
     store = cache.layers[1].cache.store
     assert store.now.tolist() == [[n] * 2 for n in store.count] and store.seen_now.tolist() == cache.seen
+    assert remembered(cache) == remembered(plain)
     handle.remove()
 
 
@@ -182,12 +202,12 @@ def test_what_ends_the_graphs():
     turns = {4: middle, 5: lambda m, c: say(m, c, longer), 6: lambda m, c: say(m, c.fork(), step)}
     backs = (1, 2, 0, 3, 1, 2, 0, 1, 3)
     with foveate.use(model, PILLAR):
-        want = torch.cat([cycles(model, ids, backs, turns)[0], *seen])
+        want = torch.cat([cycles(model, ids, backs, turns, keep=5)[0], *seen])
     handle = counting(model, PILLAR)
     seen.clear()
-    got, _ = cycles(model, ids, backs, turns)
+    got, _ = cycles(model, ids, backs, turns, keep=5)
     torch.testing.assert_close(torch.cat([got, *seen]), want, atol=1e-4, rtol=1e-4)
-    assert handle.graphs.replays >= 12
+    assert handle.graphs.replays >= 12 and handle.graphs.calls.replays >= 4 and not handle.graphs.calls.failed
     handle.remove()
 
 

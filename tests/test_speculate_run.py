@@ -19,12 +19,15 @@ def test_a_dry_run_writes_a_cycle_and_its_parts(tmp_path, monkeypatch, capsys):
     options = ["--tiny", "--cases", "140x2", "--draft", "3", "--accepted", "1", "--cycles", "2", "--out", str(out)]
     speculate_run.main(options)
     rows = {r["impl"]: r for r in json.loads(out.read_text())["rows"]}
-    assert list(rows) == [f"{part}, plain" for part in ("cycle", *speculate_run.PARTS)]
+    assert list(rows) == [f"{part}, plain" for part in ("cycle", *speculate_run.PARTS, "verify eager")]
     cycle = rows["cycle, plain"]
-    assert cycle["params"]["captures"] == 0 and cycle["params"]["replays"] == 6
+    assert cycle["params"]["captures"] == 0 and cycle["params"]["replays"] == 6 and cycle["params"]["verifications"] == 2
+    at, gain = ([float(x) for x in cycle["params"][name].split()] for name in ("token_ms_at", "gain_at"))
+    assert len(at) == len(gain) == 4 and at[1] == cycle["params"]["token_ms"]
+    assert gain[3] == pytest.approx(4 * gain[0], abs=0.01)
     assert cycle["params"]["token_ms"] == pytest.approx(cycle["ms"]["median"] / 2, abs=1e-3)
     parts = sum(rows[f"{part}, plain"]["ms"]["min"] for part in speculate_run.PARTS)
-    assert 0 < parts <= cycle["ms"]["max"] and capsys.readouterr().out.count("140 tokens, batch 2") == 5
+    assert 0 < parts <= cycle["ms"]["max"] and capsys.readouterr().out.count("140 tokens, batch 2") == 6
 
 
 @pytest.mark.parametrize("options,word", [

@@ -15,9 +15,9 @@ from foveate.recipe import Recipe
 from tests.models import tiny, tokens
 
 
-def render():
-    path = Path(__file__).parents[1] / "scripts" / "render.py"
-    spec = importlib.util.spec_from_file_location("render", path)
+def tables():
+    path = Path(__file__).parents[1] / "scripts" / "tables.py"
+    spec = importlib.util.spec_from_file_location("tables", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -46,7 +46,7 @@ def test_a_dry_run_writes_a_result_and_leaves_out_what_fails(tmp_path, capsys, m
             assert r["params"]["attention_ms"] == pytest.approx(r["ms"]["median"] - floor, abs=2e-3)
     for r in data["rows"]:  # as if they had been replayed
         r["params"]["graphs"] = 1
-    table = render().step_table(data)
+    table = tables().step_table(data)
     assert table.count("\n") == 5 and "| `dense` |" in table and "| 0.096 |" in table
 
 

@@ -7,17 +7,19 @@ import torch
 
 import foveate
 from foveate.errors import ConfigError, UnsupportedError
+from foveate.kv import KV
 from foveate.methods import token_select
-from foveate.methods.base import State
-from foveate.methods.token_select import KEYS, TokenSelect
+from foveate.methods.base import AttnInput, State
+from foveate.methods.token_select import KEYS, Held, TokenSelect
 from foveate.recipe import Recipe
 from foveate.registry import parse
 from foveate.scores.raw_keys import raw_keys
+from foveate.scores.turns import Turns
 from tests.drive import Drive, Rotary, oracle, qkv
 from tests.fidelity import CASES, planned
-from tests.models import tiny, tokens
+from tests.models import generate, tiny, tokens
 from tests.prompts import call, listed
-from tests.test_graphs import dry, said
+from tests.test_graphs import Strict, dry, said
 
 SMALL = "token_select:sink=4,local=16,budget=24,chunk=16"
 
@@ -165,6 +167,31 @@ def test_no_position_reaches_the_length_of_the_list():
     assert Recipe.of("token_select").extends and not Recipe.of("token_select:positions=text").extends
 
 
+@pytest.mark.parametrize("steady", [True, False])
+def test_tables_of_a_step(steady):
+    """Factors of places and of where the rows stand; a rotation that changes with the longest position it is asked for is
+    asked for each kind alone."""
+
+    asked = []
+
+    class Spy(Rotary):
+        def rotate(self, x, pos):
+            asked.append(pos.shape[-1])
+            return super().rotate(x, pos)
+
+    rope, (q, k, v) = Spy(16), qkv(2, 4, 2, 1)
+    rope.steady = steady
+    x = AttnInput(q, KV.dense(k, v), "decode", 0, 1, 1.0, q_pos=torch.tensor([[50], [7]]), rope=rope)
+    turns = Turns.of(x, {}, "tables")
+    asked.clear()
+    own, other = turns.asked(9)
+    assert asked == ([11] if steady else [9, 2]) and turns.asked(9)[0] is own
+    partner = turns.partner.long()
+    for row, pos in [(0, 0), (8, 8), (9, 50), (10, 7)]:
+        want = rope.rotate(k[:1], torch.tensor([[pos]]))[0, :, 0]
+        torch.testing.assert_close(k[0, :, 0] * own[row] + k[0, :, 0, partner] * other[row, partner], want)
+
+
 def test_votes():
     """They sum to H; a constant added to one head's scores changes nothing; one head that is sure beats all others."""
     method = TokenSelect(sink=4, local=16, budget=8, chunk=16)
@@ -309,11 +336,36 @@ def test_captured_steps():
     handle = dry(model, recipe)
     assert torch.equal(said(model, ids), want) and handle.graphs.replays >= 4 and not handle.notes
     handle.remove()
-    assert (
-        TokenSelect().phase(0) == "first"
-        and TokenSelect().phase(7) == "step"
-        and parse("token_select@cached").phase(0) is None
+    assert TokenSelect().phase(0) == "first" and TokenSelect().phase(7) == "step"
+
+
+@pytest.mark.parametrize("positions", ["rank", "text"])
+def test_a_captured_step_decides_on_the_device(positions, monkeypatch):
+    """One recorded step serves rows that choose anew and rows that use their list again, and what it holds stays where it
+    is: the logits of plain steps, which may look."""
+    model, ids = tiny(), tokens(2, 70)
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    recipe = (
+        f"prefill=dense+decode=token_select:sink=4,local=16,budget=12,chunk=16,theta=0.2,refresh=5,positions={positions}"
     )
+    steps = dict(max_new_tokens=60, min_new_tokens=60)
+    with foveate.use(model, recipe):
+        want = generate(model, ids, mask, **steps)
+    due, where = [], Held.where
+    monkeypatch.setattr(token_select, "_may_look", lambda x: False)
+    monkeypatch.setattr(Held, "where", lambda self, rows, old: due.append(rows.tolist()) or where(self, rows, old))
+    handle = foveate.apply(model, recipe)
+    handle.graphs = Strict(handle)
+    handle.graphs.install()
+    got = generate(model, ids, mask, **steps)
+    assert handle.graphs.replays > 50 and not handle.notes
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
+    assert len(due) == 59 * model.config.num_hidden_layers  # no step looked
+    share = torch.tensor(due[12:], dtype=torch.float32).mean(0)
+    assert ((share > 0.05) & (share < 0.95)).all() and [True, False] in due and [False, True] in due
+    handle.remove()
+    assert parse("token_select@cached").phase(0) == "first" and parse("token_select@cached").phase(7) == "step"
 
 
 def test_pieces_change_nothing(monkeypatch):

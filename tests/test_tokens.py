@@ -26,7 +26,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         import triton
 
         from foveate.kernels.gluon.shim import compile_sm90
-        from foveate.kernels.triton import inverse, tokens, tokens_backward, tokens_grads, tokens_kernels, tokens_lists
+        from foveate.kernels.triton import (
+            tokens,
+            tokens_backward,
+            tokens_grads,
+            tokens_inverse,
+            tokens_kernels,
+            tokens_lists,
+        )
         from foveate.kv import KV
         from foveate.layout import Layout
 
@@ -42,7 +49,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             def __getitem__(self, grid):
                 return lambda *args, **options: launches.append((self.kernel, args, options))
 
-        for module in (tokens_kernels, tokens_lists, tokens_grads, tokens_backward, inverse):
+        for module in (tokens_kernels, tokens_lists, tokens_grads, tokens_backward, tokens_inverse):
             for name in [n for n in vars(module) if n.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
         for module in (tokens, tokens_backward):
@@ -56,12 +63,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         tiles, count = meta(1, g, n, 16, dtype=torch.int32), meta(1, g, n, dtype=torch.int32)
         layout = Layout((1, h, n, n), tile_width=64, tiles=tiles, tile_count=count)
         tokens.attend(q, KV.dense(k, k), layout, 0.1, True)
-        assert len(launches) == 7  # mark, share, fill, plan; partial, walk, merge
+        assert len(launches) == 7  # mark, scan, plan, fill; partial, walk, merge
         lse = meta(1, h, n, dtype=torch.float32)
         tokens_backward.backward(q, lse, q, KV.dense(k, k), layout, q, lse, scale=0.1, softcap=0.0)
-        # delta; mark, share, fill, plan; partial, walk, merge; mark, count, plan, fill; dk and dv, join
+        # delta; mark, scan, plan, fill; partial, walk, merge; mark, scan, cuts, entries; dk and dv, join
         assert len(launches) == 21
-        for kernel, args, options in {k.fn.__module__ + k.fn.__name__: (k, a, o) for k, a, o in launches}.values():
+        kinds = {(k.fn.__module__, k.fn.__name__, o.get("TILE"), o.get("SUM")): (k, a, o) for k, a, o in launches}
+        assert len(kinds) == 16
+        for kernel, args, options in kinds.values():
             built = compile_sm90(kernel, list(args), options)
             (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
             command = [tool, "-res-usage", tmp_path / "kernel.cubin"]
@@ -72,9 +81,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             # go to (26 words) wait on the stack for the end; its steps only read a few scalars there.
             last = name == "dkdv_rows_kernel"
             assert int(re.search(r"STACK:(\d+)", usage)[1]) <= (128 if last else 64 if big else 0), usage
-            if last:
+            if last or name == "merge_kernel":
                 command[1] = "-sass"
                 code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            if name == "merge_kernel":  # warps that add do not wait for each other
+                assert "BAR" not in code[code.index("LDG.E.EF.128") : code.rindex("LDG.E.EF.128")]
+            if last:
                 steps = code[code.index("HGMMA") : code.rindex("HGMMA")]
                 assert len(re.findall(r"\bLDL\b", steps)) <= 8 and "STL" not in steps
             # programs beside each other on a multiprocessor, of 227 KB and 1 KB for each
@@ -161,8 +173,10 @@ else:
     def test_chunks(monkeypatch):
         case = listed(Maker(150, d=16, h=2, g=1), sink=True)
         monkeypatch.setattr(tokens, "ROWS_MOST", 64)
-        assert len(tokens.Work(case.q, case.kv, case.layout, 0.1, SMALL).chunks()) == 3
+        work = tokens.Work(case.q, case.kv, case.layout, 0.1, SMALL)
+        assert work.batches() == [[(0, 64), (64, 64), (128, 22)]]
         check(case, SMALL)
+        check(case, replace(SMALL, scratch=1, shared=0.0))  # chunks by themselves
 
     def test_rows_that_list_nothing():
         case = listed(Maker(64, d=16))
@@ -176,21 +190,26 @@ else:
         x = case.layout
         for shared in (0.0, 0.4, 2.0):
             work = tokens.Work(case.q, case.kv, x, 0.1, replace(SMALL, shared=shared))
-            made = work.lists(0, 90)
+            (batch,) = work.batches()
+            made = work.lists(batch)
+            assert batch == made.chunks == [(0, 90)]
             named: dict[tuple[int, int], set[int]] = {}
             for lead in range(2):
                 for token in range(90):
                     starts = x.tiles[0, lead, token, : int(x.tile_count[0, lead, token])].tolist()
                     blocks = {s // 16 for s in starts} | {(s + 15) // 16 for s in starts}
                     named[lead, token] = {j for j in blocks if j * 16 <= token}
+            got = torch.zeros(2, 90, dtype=torch.int32)
             for row in range(2 * made.blocks):
-                words = made.ids[row, : int(made.counts[row])].tolist()
+                begin = int(made.offset[0, row])
+                words = made.ids[begin : begin + int(made.counts[0, row])].tolist()
                 assert words == sorted(words)
                 for word in words:
-                    token, slot = divmod(word, x.tiles.shape[-1] + 1)
+                    token, slot = divmod(word, 256)
                     lead, block = divmod(row, made.blocks)
                     assert int(x.tiles[0, lead, token, slot]) == block * 16
                     named[lead, token].remove(block)
+                    got[lead, token] |= 1 << slot
                     assert shared != 0.0
             for lead in range(2):
                 for tile in range(made.shared.shape[1]):
@@ -199,11 +218,23 @@ else:
                     tokens_here = range(tile * made.tile, min(90, (tile + 1) * made.tile))
                     for block in line[:front] + line[len(line) - back :]:
                         for token in tokens_here:
-                            named[lead, token].discard(block)
+                            if block in named[lead, token]:
+                                named[lead, token].remove(block)
+                                got[lead, token] |= 1 << 4
             assert not any(named.values())
-            pieces = -(-made.counts // (64 // 2))
-            items = made.items[: int(made.plan)]
-            assert items[:, 0].tolist().count(0) == int(pieces[0]) and len(items) == int(pieces.sum()) <= made.max_items
+            assert torch.equal(got, made.present[:, :90, 0])
+            end = made.offset[0] + made.counts[0]
+            items = made.items[0, : int(made.plan)].tolist()
+            assert len(items) <= made.max_items
+            for row in range(2 * made.blocks):  # items of a list follow each other from its begin to its end
+                cuts = [(b, e) for r, b, e in items if r == row]
+                assert [b for b, _ in cuts] + [int(end[row])] == [int(made.offset[0, row])] + [e for _, e in cuts]
+                assert all(0 < e - b <= 32 for b, e in cuts)
+
+    def test_inverse_lists(monkeypatch):
+        monkeypatch.setattr(inverse, "SHORTEST", 8)
+        cases.check_inverse(cases.odd(Maker(45, d=16, h=2, g=2)), 1)  # one kv head after the other
+        cases.check_inverse(listed(Maker(35, d=16, h=2, g=1), heads=2, sink=True, b=2, m=50), 1 << 28)
 
     # ------------------------------------------------------------------ numbers and memory
     def test_half_precision():

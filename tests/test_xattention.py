@@ -390,7 +390,7 @@ def test_profile_gives_each_head_its_threshold(searched, tmp_path):
             assert named(got, h, 16) == named(one.plan(call(q, k, v), State()), h, 16)
     with pytest.raises(ConfigError, match="stride=4, but stride is 8"):
         parse(f"xattention:block=16,stride=8,profile={path}")
-    with pytest.raises(ConfigError, match=r"expected thresholds \[3, 4\], got \[2, 4\]"):
+    with pytest.raises(ConfigError, match=r"expected threshold \[layers, heads\] = \[3, 4\], got \[2, 4\]"):
         method.plan(call(q, k, v, layers=3), State())
     Profile("xattention", found.options, {}).save(tmp_path / "empty")
     with pytest.raises(ConfigError, match="expected a tensor threshold"):

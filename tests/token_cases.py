@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 import foveate
-from foveate.kernels.triton import tokens, tokens_backward
+from foveate.kernels.triton import inverse, tokens, tokens_backward, tokens_inverse
+from foveate.kernels.triton.tokens_lists import heads_of
 from foveate.layout import Layout
 from foveate.lists import repeat_heads
 from tests.kernel_cases import Case, Maker, poison
@@ -82,6 +83,41 @@ def check(case: Case, knobs: tokens.Config | None = None, tolerance: float = 2e-
     torch.testing.assert_close(out.float(), want, atol=tolerance, rtol=rounding)
     assert bool((out[dead] == 0).all())
     return out, lse
+
+
+def check_inverse(case: Case, scratch: int) -> None:
+    """The inverse lists of tokens against the layout itself, and against those that `inverse.py` builds for any layout."""
+    x, g, device = case.layout, case.kv.shape[1], case.q.device
+    assert x.tiles is not None and x.tile_count is not None
+    heads, (b, h, n, m), width = heads_of(x, g), x.shape, x.tile_width
+    first, tokens_inverse.SCRATCH = tokens_inverse.SCRATCH, scratch
+    try:
+        with poison():
+            got = tokens_inverse.build(x, heads, 4)
+    finally:
+        tokens_inverse.SCRATCH = first
+    other = inverse.build(x, g, width, 4, device)
+    for name in ("offset", "cuts", "plan"):
+        assert torch.equal(getattr(got, name), getattr(other, name)), name
+    assert torch.equal(got.counts[:, 2], other.counts[:, 2]) and got.max_items == other.max_items
+    assert torch.equal(got.items[: int(got.plan[1])], other.items[: int(other.plan[1])])
+    blocks, used = -(-m // width), torch.arange(x.tiles.shape[-1], device=device) < x.tile_count[..., None]
+    start = x.tiles.long()
+    seen = torch.arange(blocks, device=device) * width <= (m - n + torch.arange(n, device=device))[:, None]
+
+    def names(which, block):  # [B, lists, N, blocks]
+        made = torch.zeros(*start.shape[:3], blocks + 1, dtype=torch.bool, device=device)
+        return made.scatter_(3, torch.where(which, block, blocks).clamp(max=blocks), True)[..., :blocks] & seen
+
+    whole = names(used & (start % width == 0), start // width)
+    loose = used & (start % width != 0)
+    part = (names(loose, start // width) | names(loose, start // width + 1)) & ~whole
+    given = torch.arange(g * heads.lists, device=device) * heads.share * start.shape[1] // h
+    rows = [y[:, given].view(b, g, heads.lists * n, blocks).transpose(2, 3).flatten(0, 2) for y in (whole, part)]
+    for k, (begin, (_, middle, every)) in enumerate(zip(got.offset.tolist(), got.counts.tolist(), strict=True)):
+        for ids, mask in zip((got.ids[begin : begin + middle], got.ids[begin + middle : begin + every]), rows, strict=True):
+            row = mask[k].nonzero().flatten()
+            assert torch.equal(ids.long(), row // n << 24 | row % n)
 
 
 def gradients(case: Case, dout, dlse):

@@ -21,11 +21,12 @@ SERVES = {  # true of all of them, also of those that compute every pair in anot
 
 @dataclass(frozen=True)
 class Option:
-    """A hyperparameter: its default and the values it may take, in words."""
+    """A hyperparameter: its default, the values it may take, in words, and what it is."""
 
     name: str
     default: Any
     values: str
+    help: str
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ def _options(cls: type[Method]) -> list[Option]:
     for f in dataclasses.fields(cls):
         low, high = f.metadata.get("range", (None, None))
         choices = f.metadata.get("choices")
-        kind = str(f.type).replace(" | None", " or none").replace("str", "text").replace("bool", "true or false")
+        named: Any = f.type  # text, or a class in a file without `from __future__ import annotations`
+        kind = named.__name__ if isinstance(named, type) else str(named)
+        kind = kind.replace(" | ", " or ").replace("None", "none").replace("str", "text").replace("bool", "true or false")
         if choices:
             values = " or ".join(choices)
         elif low is not None and high is not None:
@@ -121,7 +124,7 @@ def _options(cls: type[Method]) -> list[Option]:
         else:
             values = kind
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        out.append(Option(f.name, default, values))
+        out.append(Option(f.name, default, values, f.metadata.get("help", "")))
     return out
 
 
@@ -184,14 +187,15 @@ def print_table(found: list[Entry]) -> None:
     from .report.console import stdout
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("method", "serves", "selects", "lists per", "needs", "presets", "status", "source"):
+    for title in ("method", "serves", "what it does", "presets", "needs"):
         table.add_column(title, overflow="fold", no_wrap=title == "method")
     for e in found:
-        presets = ", ".join(e.presets) or "-"
-        table.add_row(e.id, ", ".join(e.roles), e.selection, e.share, e.needs, presets, e.status, e.source)
+        line = e.line if e.status == "stable" else f"{e.line} ({e.status})"
+        needs = "-" if e.needs == "nothing" else e.needs
+        table.add_row(e.id, ", ".join(e.roles), line, ", ".join(e.presets) or "-", needs)
     stdout().print(table)
     print("\nUse them as METHOD, METHOD@PRESET or METHOD:key=value,..., and join them with +: prefill=minference@8k+quest.")
-    print("foveate methods ID shows one method with its options.")
+    print("foveate methods ID shows one method with its paper, its options and when to use it.")
 
 
 def print_entry(e: Entry) -> None:
@@ -208,10 +212,10 @@ def print_entry(e: Entry) -> None:
         say(f"\n{e.text}")
     say(f"\nserves: {', '.join(e.roles)}; selection: {e.selection}; lists per {e.share}; needs: {e.needs}; {e.status}\n")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("option", "default", "values"):
-        table.add_column(title, overflow="fold")
+    for title in ("option", "default", "values", "what it is"):
+        table.add_column(title, overflow="fold", no_wrap=title in ("option", "default"))
     for o in e.options:
-        table.add_row(o.name, shown(o.default), escape(o.values))
+        table.add_row(o.name, shown(o.default), escape(o.values), escape(o.help))
     if e.options:
         out.print(table)
     for preset, values in e.presets.items():
@@ -223,6 +227,8 @@ def print_entry(e: Entry) -> None:
         say("Mind that")
     for text in e.avoid:
         say(f"  {text}")
+    if e.id != "dense" and e.needs == "nothing":
+        say(f"Try it\n  foveate compare --recipes 'dense; {e.example}'")
 
 
 def shown(value: Any) -> str:

@@ -27,7 +27,7 @@ def place(wrong: Tensor, axes: tuple[str, ...] | None = None) -> str:
 
 
 def lists_fit(layout: Layout) -> None:
-    """Shapes, ranges and order of every part."""
+    """Shapes, ranges and order of every part. One synchronisation, and more only to name the place of an error."""
     b, h, n, m = layout.shape
     if min(b, h, n, m) < 1:
         raise LayoutError(f"shape: expected B, H, N, M >= 1, got {layout.shape}")
@@ -39,11 +39,10 @@ def lists_fit(layout: Layout) -> None:
     q_pos = layout.q_pos
     if q_pos is not None and (tuple(q_pos.shape) != (b, n) or q_pos.is_floating_point()):
         raise LayoutError(f"q_pos: expected int [B, N] = [{b}, {n}], got {q_pos.dtype} {list(q_pos.shape)}")
-    for name in RULE_FIELDS:
-        t = getattr(layout, name)
-        if t is not None:
-            _lead(name, t, b, h, 2)
-            rule_fits(name, t)
+    rule = {name: t for name in RULE_FIELDS if (t := getattr(layout, name)) is not None}
+    for name, t in rule.items():
+        _lead(name, t, b, h, 2)
+    listed = []
     for name, count_name in INDEX_FIELDS.items():
         index, count = getattr(layout, name), getattr(layout, count_name)
         if index is None:
@@ -52,8 +51,22 @@ def lists_fit(layout: Layout) -> None:
         _lead(name, index, b, h, 4 if blocked else 3)
         if blocked and index.shape[2] != layout.num_blocks:
             raise LayoutError(f"{name}: expected {layout.num_blocks} query blocks, got {index.shape[2]}")
-        in_range(name, index, count, m + layout.block_q if name == "diagonals" else m)
-        ascending(name, index, count)
+        _counted(name, index, count)
+        listed.append((name, index, count, m + layout.block_q if name == "diagonals" else m))
+    wrong = [(t < 0).any() for t in rule.values()] + [_wrong(index, count, most) for _, index, count, most in listed]
+    if wrong and bool(torch.stack([w.to(layout.device) for w in wrong]).any()):
+        for name, t in rule.items():
+            rule_fits(name, t)
+        for name, index, count, most in listed:
+            in_range(name, index, count, most)
+            ascending(name, index, count)
+
+
+def _wrong(index: Tensor, count: Tensor, m: int) -> Tensor:
+    """bool `[]`: whether `in_range` or `ascending` would raise."""
+    used = used_slots(index, count)
+    out = (used & ((index < 0) | (index >= m))).any() | ((count < 0) | (count > index.shape[-1])).any()
+    return out | (used[..., 1:] & (index[..., 1:] <= index[..., :-1])).any()
 
 
 def named_once(layout: Layout) -> None:
@@ -106,12 +119,17 @@ def _lead(name: str, t: Tensor, b: int, h: int, dims: int) -> None:
         raise LayoutError(f"{name}: expected {dims} dimensions [1 or {b}, a divisor of {h}, ...], got {list(t.shape)}")
 
 
-def in_range(name: str, index: Tensor, count: Tensor | None, m: int) -> None:
-    """Counts fit the width, and used indices lie in 0..m-1."""
-    width = index.shape[-1]
+def _counted(name: str, index: Tensor, count: Tensor | None) -> None:
     if count is None or count.shape != index.shape[:-1]:
         got = None if count is None else list(count.shape)
         raise LayoutError(f"{name}: expected counts of shape {list(index.shape[:-1])}, got {got}")
+
+
+def in_range(name: str, index: Tensor, count: Tensor | None, m: int) -> None:
+    """Counts fit the width, and used indices lie in 0..m-1."""
+    width = index.shape[-1]
+    _counted(name, index, count)
+    assert count is not None
     if bool((wrong := (count < 0) | (count > width)).any()):
         at = place(wrong, _AXES[index.dim()][:-1])
         raise LayoutError(f"{name}: expected counts of 0 to the width {width}, got {int(count[wrong][0])} ({at})")

@@ -100,9 +100,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Attention only where it matters: run sparse attention on real models and see what it saves and what it loses.",
+    epilog="Start with `foveate compare --tokens 2000` (a few minutes on a CPU), `foveate methods` and `foveate doctor`.",
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure speed; every command writes JSON with device, versions and spread.")
 app.add_typer(bench, name="bench")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        print(f"foveate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version.")] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -157,7 +173,7 @@ def compare(
     if json_file is not None:
         write_json(json_file, result.to_json())
     page = write(result, report, command=["foveate", *sys.argv[1:]])
-    out.print(f"report: {page}", highlight=False, soft_wrap=True)
+    out.print(f"report, with pictures and what the columns mean: {page}", highlight=False, soft_wrap=True)
     if any(row.error for row in result.rows):
         raise typer.Exit(1)
 

@@ -124,7 +124,8 @@ def device_name(device: torch.device) -> str:
     if info.is_file():
         named = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         name = named[0] if named else name
-    return f"CPU ({name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+    threads = torch.get_num_threads()
+    return f"CPU ({name}, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def devices() -> list[str]:

@@ -93,12 +93,12 @@ class KV:
             raise ShapeError(
                 f"v: expected dtype {self.k.dtype} on {self.k.device} like k, got {self.v.dtype} on {self.v.device}"
             )
+        given = {n: t for n in ("table", "len", "offsets", "pos", "bias") if (t := getattr(self, n)) is not None}
+        if not given:
+            return self
         lead = self.shape[:2]
         shapes = {"len": lead, "offsets": lead, "pos": (*lead, self.capacity), "bias": (*lead, self.capacity)}
-        for name in ("table", "len", "offsets", "pos", "bias"):
-            t = getattr(self, name)
-            if t is None:
-                continue
+        for name, t in given.items():
             axes = "[B, G]" if len(shapes.get(name, ())) == 2 else "[B, G, M]"
             if name in shapes and tuple(t.shape) != shapes[name]:
                 raise ShapeError(f"{name}: expected {axes} = {list(shapes[name])}, got {list(t.shape)}")

@@ -34,7 +34,7 @@ from . import checks, convert, counts, lists
 from .convert import Inverse
 from .errors import LayoutError
 from .kv import KV
-from .lists import INDEX_FIELDS, NO_LIMIT, RULE_FIELDS
+from .lists import NO_LIMIT, RULE_FIELDS
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,8 @@ class Layout:
 
         Tensors are checked for negative values with one synchronisation each, unless `validate` is False.
         """
-        rule = {"sink": sink, "window": window, "stride": stride, "phase": phase}
-        if stride is not None and phase is None:
-            rule["phase"] = 0
+        phase = 0 if stride is not None and phase is None else phase
+        rule = dict(zip(RULE_FIELDS, (sink, window, stride, phase), strict=True))
         return Layout(
             shape,
             causal=causal,
@@ -271,11 +270,15 @@ class Layout:
 
     @property
     def has_lists(self) -> bool:
-        return any(getattr(self, n) is not None for n in INDEX_FIELDS)
+        """Any of `INDEX_FIELDS`."""
+        listed = self.tiles is not None or self.entries is not None
+        return listed or self.diagonals is not None or self.columns is not None
 
     @property
     def has_rule(self) -> bool:
-        return any(getattr(self, n) is not None for n in RULE_FIELDS)
+        """Any of `RULE_FIELDS`."""
+        near = self.sink is not None or self.window is not None
+        return near or self.stride is not None or self.phase is not None
 
     @property
     def nbytes(self) -> int:
@@ -284,7 +287,10 @@ class Layout:
 
     def tensors(self) -> list[Tensor | None]:
         """The tensor fields in a fixed order (`from_tensors` is the inverse; `attend`'s operator uses both)."""
-        return [getattr(self, n) for n in TENSOR_FIELDS]
+        return [
+            self.q_pos, self.sink, self.window, self.stride, self.phase, self.tiles, self.tile_count, self.entries,
+            self.entry_count, self.diagonals, self.diagonal_count, self.columns, self.column_count,
+        ]  # fmt: skip
 
     def meta(self) -> list[int]:
         """The plain fields as integers, in a fixed order."""

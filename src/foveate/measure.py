@@ -12,12 +12,10 @@ import dataclasses
 import json
 import logging
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from .diagnosis import Diagnosis, Picture
 from .errors import ConfigError, FoveateError
+from .facts import facts
 from .layout import Layout, Parts
 from .methods.base import AttnInput, Method
 from .payoff import pay_off
@@ -393,35 +392,3 @@ def _busy(device: torch.device, wall: float, cpu: float) -> list[str]:
     if device.type != "cpu" or wall < 1.0 or share > BUSY:
         return []
     return [f"other work was running: this process got {share:.0%} of its {torch.get_num_threads()} cores; speeds mislead"]
-
-
-# ---------------------------------------------------------------------- facts
-def facts(model: Any, prompt: Prompt, new_tokens: int, backend: str | None, seed: int, name: str) -> dict[str, Any]:
-    """Everything a reader needs to judge and repeat a run."""
-    from .doctor import device_name, versions
-
-    config = model.get_decoder().config
-    device = next(model.parameters()).device
-    heads = config.num_attention_heads
-    return {
-        "model": name or str(getattr(config, "_name_or_path", "")) or type(model).__name__,
-        "class": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "layers": config.num_hidden_layers,
-        "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "positions": getattr(config, "max_position_embeddings", None),
-        "prompt": prompt.name,
-        "prompt_tokens": prompt.tokens,
-        "needle": prompt.needle,
-        "answer": prompt.answer,
-        "new_tokens": new_tokens,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "backend": backend or "auto",
-        "seed": seed,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions(),
-    }

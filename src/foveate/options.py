@@ -85,7 +85,7 @@ def load_model(model: str, device: str, dtype: str, out: Console) -> tuple[Any, 
 
 
 def prompt_of(tokenizer: Any, file: str | None, tokens: int | None, seed: int) -> Prompt:
-    from .prompts import needle_prompt, text_prompt
+    from .prompts import needle_prompt, read_text, text_prompt
 
     if file is None:
         return needle_prompt(tokenizer, 7000 if tokens is None else tokens, seed=seed)
@@ -93,13 +93,7 @@ def prompt_of(tokenizer: Any, file: str | None, tokens: int | None, seed: int) -
         raise ConfigError("tokens: sets the length of the built-in prompt; leave it out with --prompt")
     if file == "-":
         return text_prompt(tokenizer, sys.stdin.read(), "standard input")
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise ConfigError(f"prompt: {file} is not UTF-8 text (byte {err.start})") from err
-    except OSError as err:
-        raise ConfigError(f"prompt: cannot read {file}: {err.strerror}") from err
-    return text_prompt(tokenizer, text, Path(file).name)
+    return text_prompt(tokenizer, read_text("prompt", file), Path(file).name)
 
 
 def check_output(json_file: str | None, report: Path) -> None:

@@ -119,6 +119,8 @@ class Thinned:
         few: `[B, G, P, D']`, keys of the first `done` entries of each row, of the channels int64 `[B, G, D']`.
         tail: `[B, G, T, D]`, the others: entry e is in slot e - done. v: `[B, G, M, Dv]`.
         done: int64 `[B]`. even: P where all rows have done = P, else None.
+        wide: `[B, G, P, W]`, `few` and zeros behind its channels, where there is such a tensor: of rows that fill whole
+            16 bytes kernels load as many at once.
     """
 
     few: Tensor
@@ -127,6 +129,7 @@ class Thinned:
     v: Tensor
     done: Tensor
     even: int | None
+    wide: Tensor | None = None
 
     def at(self, entries: Tensor) -> Tensor:
         """Keys `[B, G, n, D]` of entries int64 `[B, G, n]`, 0 in the channels they have lost; see `Coded.at`."""
@@ -198,6 +201,15 @@ class PackedKV(KV):
         keys = self.packed if isinstance(self.packed, Thinned) else self.packed.keys
         return keys.at(entries.long())
 
+    def newest(self) -> Tensor:
+        """Keys `[B, G, 1, D]` of the last entry of each row, as a step of one token has brought it: such a key is packed no
+        earlier than the next step. For views whose last entry came so; the kv heads of a row are of one length."""
+        assert self.packed is not None
+        keys = self.packed if isinstance(self.packed, Thinned) else self.packed.keys
+        last = self.lengths()[:, :1] - 1
+        ring = 0 if isinstance(keys, Thinned) else keys.ring
+        return _pick(keys.tail, last % ring if ring else (last - keys.done[:, None]).clamp(min=0))
+
     def gather(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         if self.made or self.packed is None:
             return super().gather(entries)
@@ -228,5 +240,11 @@ class PackedKV(KV):
 
 def _pick(t: Tensor, index: Tensor) -> Tensor:
     """Entries `[B, n]` of t `[B, G, *, ...]`, the same for all kv heads, or `[B, G, n]`."""
-    b, n = index.shape[0], index.shape[-1]
-    return t.gather(2, index.view(b, -1, n, *[1] * (t.dim() - 3)).expand(b, t.shape[1], n, *t.shape[3:]))
+    (b, g, m), n = t.shape[:3], index.shape[-1]
+    index = index.view(b, -1, n)
+    if t.device.type != "cpu":
+        return t.gather(2, index.view(b, -1, n, *[1] * (t.dim() - 3)).expand(b, g, n, *t.shape[3:]))
+    row, head = torch.arange(b).view(b, 1, 1), torch.arange(g).view(1, g, 1)  # here whole rows are copied at a time
+    if not t.is_contiguous():
+        return t[row, head, index]
+    return t.flatten(0, 2).index_select(0, (index + (row * g + head) * m).flatten()).view(b, g, n, *t.shape[3:])

@@ -106,6 +106,19 @@ def needle_prompt(
     return Prompt(torch.tensor([ids]), text, f"{len(ids):,} tokens of essays, a fact at {depth:.0%}", answer, needle)
 
 
+def read_text(argument: str, file: str | Path) -> str:
+    """The text of a UTF-8 file. ConfigError, about this argument, if it is none or holds no words."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{argument}: {file} is not UTF-8 text (byte {err.start})") from err
+    except OSError as err:
+        raise ConfigError(f"{argument}: cannot read {file}: {err.strerror}") from err
+    if not text.strip():
+        raise ConfigError(f"{argument}: expected some text, but {file} holds no words")
+    return text
+
+
 def text_prompt(tokenizer: Any, text: str, name: str = "your prompt") -> Prompt:
     """Your own text in the model's chat template. ConfigError if it is empty."""
     if not text.strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from . import registry
@@ -84,7 +85,7 @@ class Recipe:
             parts.append((role, registry.parse(rest if role else piece)))
         return Recipe(**_roles(parts), name=recipe.strip())
 
-    @property
+    @cached_property
     def methods(self) -> list[Method]:
         """The distinct methods of this recipe."""
         out: list[Method] = []

@@ -21,6 +21,8 @@ GPU = dict(device="cuda")
 RECIPES = (
     "decode=token_select:sink=4,local=64,budget=64,chunk=64,pool=3",
     "decode=token_select:sink=4,local=64,budget=64,chunk=64,positions=text",
+    "decode=token_select:sink=4,local=64,budget=64,chunk=64,theta=0.2,refresh=9",
+    "decode=token_select:sink=4,local=64,budget=64,chunk=64,theta=0.2,refresh=9,pool=3,positions=text",
     "decode=longheads:chunk=16,attention=64,block=16",
     "decode=longheads:chunk=16,attention=64,block=16,share=group",
     "recycled_attention:stride=5,budget=100",
@@ -94,6 +96,23 @@ def test_steps_are_those_of_plain_code(text, lengths):
     )
 
 
+@pytest.mark.parametrize("positions", ["rank", "text"])
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_lists_that_are_used_again(positions, name):
+    """Rows choose anew when their own queries turn, and when a list is older than six tokens; one is shorter than a list."""
+    text = f"token_select:sink=16,local=512,budget=1024,temperature=0.09,theta=0.9,refresh=6,positions={positions}"
+    turns = ((4, 5), (), (3, 9))
+    how = dict(dtype=getattr(torch, name), tolerance=2e-2, slack=0.02)
+    seen = cases.same_held(text, 3, 32, 8, 8192, 128, lengths=(8100, 1200, 4000), steps=12, turns=turns, **how, **GPU)
+    for row, at in enumerate(turns):
+        want, last = [], -99
+        for step in range(12):
+            new = step in at or step - last > 6
+            last = step if new else last
+            want.append(new)
+        assert [made[row] for made in seen] == want
+
+
 @pytest.mark.parametrize("text", [
     "recycled_attention:stride=6,tau=0.5",
     "recycled_attention:budget=1500,stride=6,tau=none",
@@ -126,10 +145,11 @@ def test_kept_lists(n, size):
     (1, 16, 1, 1000, 256, 640, (640,)),
     (16, 32, 8, 700, 128, 600, tuple(range(150, 600, 29))),
 ])  # fmt: skip
-def test_lists_that_count_their_own_positions(shape, name):
+@pytest.mark.parametrize("mixed", [False, True])  # halves turn together, or neighbours
+def test_lists_that_count_their_own_positions(shape, name, mixed):
     tolerance = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}[name]
     cases.check_ranked(
-        *shape, tolerance=tolerance, softcap=3.0 if shape[0] == 2 else None, dtype=getattr(torch, name), **GPU
+        *shape, tolerance=tolerance, softcap=3.0 if shape[0] == 2 else None, dtype=getattr(torch, name), mixed=mixed, **GPU
     )
 
 
@@ -152,7 +172,8 @@ def test_replayed_steps_are_the_steps(recipe, rows):
 
 
 @pytest.mark.parametrize("text", [
-    "token_select:budget=1024", "longheads", "recycled_attention", "pillar_attn", "topk_exact", "tidal_decode",
+    "token_select:budget=1024", "token_select@cached", "longheads", "recycled_attention", "pillar_attn", "topk_exact",
+    "tidal_decode",
 ])  # fmt: skip
 def test_a_step_waits_for_nothing_and_repeats(text):
     """Steps after the first: no synchronisation, and equal bits from equal calls."""
@@ -182,3 +203,13 @@ def test_long_caches_hold_little_memory():
     with plain():
         want = observed.group_probabilities(q, kv, q_pos, scale=128**-0.5)
     torch.testing.assert_close(got, want, atol=3e-4, rtol=3e-4)
+
+
+@pytest.mark.parametrize("n,m,options", [
+    (6567, 131072, dict(ratio=0.05, least=128)),
+    (6567, 131072, dict(ratio=0.04, least=128, ago=5, ties=True)),
+    (300, 900, dict(ratio=0.9, least=30)),
+    (16384, 20000, dict(ratio=0.5, least=1)),
+])  # fmt: skip
+def test_strongest(n, m, options):
+    cases.check_strongest(n, m, **options, **GPU)

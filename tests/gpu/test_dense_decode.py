@@ -13,6 +13,8 @@ pytestmark = [
 ]
 if torch.cuda.is_available():
     import foveate
+    from foveate.cache.dense import DenseStore
+    from foveate.cache.fixed import FixedDense
     from foveate.kernels.triton import arrivals, paging_launch
     from foveate.kernels.triton import dense_decode_launch as kernels
     from foveate.layout import Layout
@@ -34,7 +36,8 @@ LENGTHS = {
 
 @pytest.fixture(autouse=True)
 def however_short(monkeypatch):
-    monkeypatch.setattr(kernels, "ROOM", 0)
+    for name in ("ROOM", "ROOM_FEW"):
+        monkeypatch.setattr(kernels, name, 0)
 
 
 def make(lens, *args, **more):
@@ -64,6 +67,34 @@ def test_lengths_and_shapes(r, d, lens, dtype):
     check(*make(lens, r, d, dtype=dtype), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("lens", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("n,r,d,dtype", [
+    (9, 4, 128, HALF), (2, 4, 128, HALF), (5, 4, 128, HALF), (17, 4, 128, HALF), (16, 8, 128, HALF), (9, 7, 64, HALF),
+    (32, 1, 96, HALF), (9, 4, 128, torch.float32), (17, 4, 128, torch.float32), (9, 4, 128, torch.float16),
+    (9, 2, 256, HALF), (32, 4, 256, HALF),
+])  # fmt: skip
+def test_a_few_tokens(n, r, d, dtype, lens):
+    check(*make(lens, r, d, dtype=dtype, n=n), TOLERANCE[dtype])
+
+
+def test_a_few_tokens_with_weights_positions_segments_and_softcap():
+    for more in ({"pos": True}, {"bias": True}, {"bias": True, "pos": True, "kind": "ragged"}):
+        for dtype in (torch.float32, HALF):
+            check(*make(LENGTHS["uneven"], 4, 128, dtype=dtype, n=9, **more), TOLERANCE[dtype])
+    check(*make(LENGTHS["odd"], 4, 64, 40, dtype=HALF, n=6), TOLERANCE[HALF], softcap=20.0)
+
+
+def test_rows_of_queries_have_masks_of_their_own():
+    """Sixteen tokens of one head begin at a multiple of 16: rows 8 to 15 must not get the mask of rows 0 to 7."""
+    for n, length in ((16, 4096), (16, 4097), (8, 512), (32, 8192)):
+        q, kv, layout = make(((length, length),), 1, 128, dtype=HALF, n=n)
+        kv.v[:, :, :length] = 0
+        kv.v[:, :, length - n : length] = torch.eye(n, 128, device="cuda", dtype=HALF)[None, None] * 1e3
+        out, _ = check(q, kv, layout, 2e-1)
+        ahead = torch.triu(torch.ones(n, n, device="cuda", dtype=torch.bool), 1)
+        assert not bool(out[..., :n].float()[:, :, ahead].any())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize("more", [{"pos": True}, {"bias": True, "pos": True, "kind": "ragged"}], ids=str)
 def test_weights_positions_segments(more, dtype):
@@ -73,22 +104,24 @@ def test_weights_positions_segments(more, dtype):
 
 
 @pytest.mark.parametrize("n", [131072, 131071, 100001])
-@pytest.mark.parametrize("b,h,g,d", [(1, 32, 8, 128), (1, 14, 2, 64), (2, 16, 1, 128)])
-def test_long_rows(b, h, g, d, n):
+@pytest.mark.parametrize("b,h,g,d,new", [
+    (1, 32, 8, 128, 1), (1, 14, 2, 64, 1), (2, 16, 1, 128, 1), (1, 32, 8, 128, 9), (1, 32, 8, 128, 17), (2, 16, 2, 64, 4),
+])  # fmt: skip
+def test_long_rows(b, h, g, d, new, n):
     """Merges of up to 264 parts. Values differ by where they stand, so that a part left out or counted twice shows."""
     gen = torch.Generator("cuda").manual_seed(n)
     draw = lambda *s: torch.randn(*s, device="cuda", generator=gen).to(HALF)  # noqa: E731
-    q, k, v = draw(b, h, 1, d), draw(b, g, n + 500, d), draw(b, g, n + 500, d)
+    q, k, v = draw(b, h, new, d), draw(b, g, n + 500, d), draw(b, g, n + 500, d)
     v += torch.linspace(-4, 4, n + 500, device="cuda").to(HALF)[:, None]
     k[:, :, n:], v[:, :, n:] = float("nan"), float("nan")
     length = torch.full((b, g), n, dtype=torch.int32, device="cuda")
     kv = foveate.KV.dense(k, v, len=length)
-    layout = Layout.dense(b, h, 1, n + 500)
+    layout = Layout.dense(b, h, new, n + 500)
     want = oracle(q, replace(kv, k=k.nan_to_num(), v=v.nan_to_num()), layout)
     out, _ = check(q, kv, layout, 2e-2, want=want)
     assert float((out.float() - want[0]).abs().mean()) < 2e-3
     cut = foveate.KV.dense(k[:, :, :n], v[:, :, :n])
-    check(q, cut, Layout.dense(b, h, 1, n), 2e-2, want=want)
+    check(q, cut, Layout.dense(b, h, new, n), 2e-2, want=want)
 
 
 @pytest.mark.parametrize("share,stages,step,least", [(1, 4, 16384, 1), (4, 3, 8192, 1), (2, 3, 32768, 2), (8, 4, 4096, 3)])
@@ -104,9 +137,10 @@ def test_other_constants(monkeypatch, share, stages, step, least):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_replays_while_the_cache_grows(dtype):
+@pytest.mark.parametrize("n", [1, 9])
+def test_replays_while_the_cache_grows(dtype, n):
     """1,000 replays of one graph: each equals a fresh call to the bit, and the counters are 0 after them."""
-    q, kv, layout = make(((3000, 3000), (1, 1), (900, 950)), 4, 128, dtype=dtype, room=1100)
+    q, kv, layout = make(((3000, 3000), (1, 1), (900, 950)), 4, 128, dtype=dtype, room=1100, n=n)
     kv.k.nan_to_num_(0.3), kv.v.nan_to_num_(0.7)  # what a step would have written
     graph, (out, lse) = captured(lambda: run(q, kv, layout))
     for i in range(1000):
@@ -116,8 +150,42 @@ def test_replays_while_the_cache_grows(dtype):
             want, want_lse = run(q, kv, layout)
             assert torch.equal(out, want) and torch.equal(lse, want_lse)
     check(q, kv, layout, TOLERANCE[dtype])
-    assert len(arrivals._captured) > 0
+    assert n > 1 or len(arrivals._captured) > 0
     at_rest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_a_few_tokens_into_a_store(dtype):
+    """Recorded once, replayed over changing tokens and rollbacks: entries and lengths are those of plain PyTorch."""
+    gen = torch.Generator("cuda").manual_seed(1)
+    draw = lambda n: [torch.randn(3, 2, n, d, device="cuda", generator=gen).to(dtype) for d in (128, 96)]  # noqa: E731
+    valid = torch.arange(50, device="cuda") >= torch.tensor([[0], [17], [49]], device="cuda")
+    first = DenseStore.empty(*draw(0)).append(*draw(50), valid, [0] * 3)
+    ours, other = (FixedDense(first.fork(), [50, 33, 1], 700) for _ in range(2))
+    ours.stays = other.stays = True
+    ours.wide = other.wide = True
+    other._kernels = lambda n: None
+    k, v = draw(9)
+    for store in (ours, other):
+        store.append(k, v, None, [0] * 3)
+    counted, graph = ours.counted(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        ours.append(k, v, None, [0] * 3)
+        view = ours.view()
+    ours.recount(counted)
+    for i in range(60):
+        for t, fresh in zip((k, v), draw(9), strict=True):
+            t.copy_(fresh)
+        graph.replay()
+        ours.replayed(9)
+        other.append(k, v, None, [0] * 3)
+        a, b = ours.view(), other.view()
+        assert torch.equal(view.len, a.len) and torch.equal(a.len, b.len) and torch.equal(ours.seen_now, other.seen_now)
+        assert ours.count == other.count and a.len.tolist() == [[n] * 2 for n in ours.count]
+        assert torch.equal(a.k, b.k) and torch.equal(a.v, b.v)
+        for store in (ours, other):
+            store.truncate(i % 10)
 
 
 def test_runs_are_equal():

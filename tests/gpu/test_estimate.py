@@ -43,6 +43,13 @@ def test_probe(shape, softcap, name):
     cases.check_probe(*shape, softcap=softcap, dtype=getattr(torch, name), tolerance=TOLERANCE[name], **GPU)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape,end", [((1, 8, 2, 3000, 3000, 128, 64), 1280), ((1, 8, 8, 900, 9000, 64, 128), 7168)])
+def test_probe_over_keys_of_two_kinds(shape, end, name):
+    """As qwen1m probes: keys before the last two chunks are moved ones, and meet moved queries."""
+    cases.check_probe(*shape, dtype=getattr(torch, name), tolerance=TOLERANCE[name], end=end, **GPU)
+
+
 def test_long_probe_holds_little_memory_and_repeats():
     """32K keys: equal runs, and nothing of the size of rows x keys beside the results."""
     x = cases.peaked(32, 8, 32768, 128, dtype=torch.bfloat16, **GPU)
@@ -75,7 +82,7 @@ def test_entries(n):
 def test_mass(n):
     x = torch.rand(5, n, generator=torch.Generator().manual_seed(n)).cuda() ** 20
     x[1], x[2], x[3] = cases.rounded(x[1], 4), 0.0, 1 / 3
-    for p in (0.0, 0.4, 0.9, 0.99, 1.0):
+    for p in (0.0, 0.4, 0.9, 0.99, 1.0, torch.tensor([0.99, 0.4, 1.0, 0.9, 1.0]).cuda()):
         cases.check_mass(x, p)
 
 
@@ -106,6 +113,8 @@ def test_blocks(nq, nk, first, softcap):
         for p in (0.0, 0.5, 0.9, 1.0):
             cases.check_choice(score, first, p=p, block=64)
             cases.check_pairs(score, first, p, 2, block=64)
+        some = torch.tensor([[0.5, 1.0, 0.0, 0.9, 0.7, 0.99, 0.2, 0.8]]).cuda()
+        cases.check_pairs(score, first, some, 2, block=64)
 
 
 # ---------------------------------------------------------------------- whole plans
@@ -115,6 +124,7 @@ PLANS = [
     "minference:pattern=block_sparse,blocks=8",
     "minference:pattern=block_sparse,blocks=8,share=group",
     "minference:pattern=a_shape,init=64,recent=512",
+    "qwen1m:chunk=4160,local=64,threshold=0,columns=100,diagonals=300",  # one chunk
     "flexprefill:min_budget=256",
     "flexprefill:min_budget=256,tau=0.0",
     "flexprefill:min_budget=256,tau=10.0",

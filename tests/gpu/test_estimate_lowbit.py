@@ -53,18 +53,65 @@ def test_sums(name, sizes, softcap):
         cases.check_sums(8, 2, m, start, d, Grid(*sizes), **how, **GPU)
 
 
-@pytest.mark.parametrize("shape,sizes,tau,options", [
+BLOCKS = [
     ((8, 2, 4000, 0, 128), (64, 32, 32, 256, 128), 0.1, {}),
     ((8, 2, 3001, 1200, 64), (128, 64, 64, 100, 64), 0.3, {}),
     ((4, 4, 2500, 0, 96), (32, 16, 32, 64, 64), 0.3, {"share": "token", "group": True}),
     ((6, 2, 2000, 1999, 128), (64, 32, 32, 256, 128), 0.1, {"bits": 8}),
     ((4, 1, 2000, 0, 64), (16, 8, 16, 64, 64), 3.0, {"softcap": 20.0}),
-])  # fmt: skip
-def test_blocks(shape, sizes, tau, options):
+    ((4, 2, 3000, 37, 96), (128, 32, 32, 100, 64), 0.3, {"bits": 5, "group": True}),
+    ((4, 1, 2000, 0, 64), (16, 32, 32, 64, 64), 3.0, {"softcap": 20.0, "bits": 3}),
+    ((3, 3, 2100, 1000, 72), (32, 32, 0, 0, 32), 30.0, {"dtype": torch.float16}),
+]
+
+
+@pytest.fixture(params=["gluon", "triton"])
+def form(request, monkeypatch):
+    """Which of the twins computes the logits; that of Gluon is left out where there is none."""
+    monkeypatch.setattr(cases.low, "HOPPER", request.param == "gluon")
+    if request.param == "gluon" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    return request.param
+
+
+@pytest.mark.parametrize("shape,sizes,tau,options", BLOCKS)
+def test_blocks(shape, sizes, tau, options, form):
     """fp32: one list in two hundred may differ, where a number lies half-way between two levels."""
     h, _, m, start, _ = shape
     slack = 1 + h * (m - start) // sizes[0] // 200
     assert 0 < cases.check_blocks(*shape, Grid(*sizes), tau, slack=slack, **options, **GPU) < 1
+
+
+@pytest.mark.parametrize("m", [256, 4096])
+def test_the_largest_sums(m, form):
+    """e4m3 products keep every bit of a sum of 128 products of levels up to 7."""
+    assert 0.01 < cases.check_limit(cases.low.block_bits, m, **GPU) < 0.9
+
+
+@pytest.mark.parametrize("shape,sizes", [
+    ((8, 2, 9000, 0, 128), (64, 32, 32, 256, 128)),
+    ((4, 1, 5000, 1777, 128), (128, 32, 64, 128, 64)),
+    ((4, 4, 3333, 0, 96), (16, 32, 32, 64, 32)),
+    ((4, 2, 70000, 69000, 64), (64, 32, 32, 256, 128)),
+])  # fmt: skip
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_twins_agree(shape, sizes, bits, monkeypatch):
+    """Gluon's lists are Triton's, number by number: one formula, in exact integers and the same roundings after them."""
+    hopper = pytest.importorskip("foveate.kernels.gluon.lowbit")
+    (h, g, m, start, d), grid = shape, Grid(*sizes)
+    q, k = (torch.randn(1, x, m, d, dtype=torch.bfloat16, **GPU) for x in (h, g))
+    k[:, :, m // 2] *= 5
+    q = (q + k[:, :, m // 3].repeat_interleave(h // g, 1)[:, :, None])[:, :, start:]
+    if (why := hopper.why_not(q[0], 128 if d > 64 else 64, grid.block_q, grid.block_k, "fragment")) is not None:
+        pytest.skip(why)
+    got = []
+    for served in (True, False):
+        monkeypatch.setattr(cases.low, "HOPPER", served)
+        log_tau = torch.full((h,), 0.3, **GPU).log()
+        got.append(cases.lowbit.relative_blocks(q, KV.dense(k, k), log_tau, grid, start=start, scale=d**-0.5, bits=bits))
+    (index, count), (want, many) = got
+    assert torch.equal(count, many) and torch.equal(index, want)
+    assert int(count.min()) < int(count.max())
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 2, 100, 4096, 32), (1, 4, 1, 20, 70000, 1), (1, 3, 3, 7, 33, 16)])

@@ -65,13 +65,19 @@ def test_a_theta_per_head_is_that_theta(tmp_path, monkeypatch):
     assert ((pairs - law).abs().double() <= 0.01 * law.double()).all()  # logits in another order
 
 
-@pytest.mark.parametrize("text", ["minference", "xattention", "spargeattn:theta=-0.1", "sale", "anchor_attention:step=4"])
+@pytest.mark.parametrize(
+    "text", ["minference", "xattention", "spargeattn:theta=-0.1", "sale", "anchor_attention:step=4", "flexprefill"]
+)
 def test_a_calibration_holds_on_another_prompt(text, tmp_path):
     with torch.inference_mode():
         draws = Draws.make(N, *SHAPE, torch.bfloat16, "cuda")
         got = calibrate(text, Target.parse("mass=0.95"), draws, tmp_path)
-        x = prompt(N, *SHAPE, torch.bfloat16, "cuda", 11)
-        mass, density = kept(got.method, x), float(named(x, planned(got.method, x)[0]).sum()) / (8 * N * (N + 1) / 2)
+        masses, densities = [], []
+        for seed in (11, 12, 13, 14):  # one draw of eight heads lies up to 0.025 beside what two draws promised
+            x = prompt(N, *SHAPE, torch.bfloat16, "cuda", seed)
+            masses.append(kept(got.method, x))
+            densities.append(float(named(x, planned(got.method, x)[0]).sum()) / (8 * N * (N + 1) / 2))
+        mass, density = sum(masses) / 4, sum(densities) / 4
     assert min(got.facts["check_mass"][-1]) >= 0.95 and len(got.facts["check_mass"]) <= calibrated.TRIES
     most = 0.75 if text in ("minference", "sale") else 0.95  # at 16K nearly every block of 128 keys holds a heavy one
-    assert mass > 0.93 and density < most, (mass, density, got.facts)
+    assert mass > 0.93 and density < most, (masses, densities, got.facts)

@@ -1,4 +1,4 @@
-"""Labels, codes and the best single entries on a GPU: choices index by index, CUDA graphs, uneven batches, equal runs."""
+"""Labels and codes on a GPU: scores, steps, CUDA graphs, uneven batches, equal runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ pytestmark = [
 if torch.cuda.is_available():
     import foveate
     from foveate.kernels.triton import labels_launch
-    from foveate.kernels.triton import select_entries_launch as chosen
     from foveate.kv import KV
     from foveate.methods.adamas import Adamas
     from foveate.methods.base import State
@@ -21,7 +20,7 @@ if torch.cuda.is_available():
     from tests import label_cases as cases
     from tests.models import generate, tiny, tokens
 
-    CHOICES, LABELS, CODES = cases.CHOICES, cases.LABELS, cases.CODES
+    LABELS, CODES = cases.LABELS, cases.CODES
     METHODS = [
         DoubleSparsity(budget=256, dense_layers=0),
         DoubleSparsity(budget=100, dense_layers=0, group_factor=4, bits=16, share="group"),
@@ -30,72 +29,13 @@ if torch.cuda.is_available():
         Adamas(budget=64, dense_layers=0, unit="std", theta=0.5, share="group"),
     ]
 else:
-    CHOICES, LABELS, CODES, METHODS = [], [], [], []
+    LABELS, CODES, METHODS = [], [], []
 
 LENGTHS = [((1500, 1500), (70, 70)), ((640, 81), (90, 1280)), None]
 MORE = [(4, 128, 64, 2), (4, 128, 60, 2), (3, 128, 48, 4), (5, 128, 64, 8), (16, 128, 32, 16), (4, 256, 128, 8)]
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 storages = pytest.mark.parametrize("kind", ["dense", "paged"])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int16], ids=str)
-@pytest.mark.parametrize("case", CHOICES, ids=str)
-def test_choice(case, dtype):
-    """Short rows at once, long ones by blocks of every width; odd lengths, ties, NaN and infinities."""
-    for m in (1, 33, 1000, 16384, 16385, 40001, (1 << 17) + 37):
-        if case[1] <= m or case[1] > 1000:
-            cases.check_choice(chosen, case, m, dtype, "cuda")
-
-
-def check(score, keep, length=None, late=False):
-    want, got = (best(score, keep, length=length, late=late) for best in (cases.law, chosen.best_entries))
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-
-
-@pytest.mark.parametrize("keep", [1, 128, 1024, 4096, 16384, 32768])
-def test_choice_of_many(keep):
-    """At 128K; rows whose best entries lie side by side, equal scores everywhere, one block of them, and close scores."""
-    m = 1 << 17
-    lists = torch.randn(1, 6, m, device="cuda")
-    lists[0, 1] = torch.linspace(0, 1, m, device="cuda")
-    lists[0, 2] = 1.0
-    lists[0, 3] = (torch.arange(m, device="cuda") // 3000 == 7).float()
-    lists[0, 4] = cases.close(m, device="cuda")[0, 0]
-    lists[0, 5] = cases.close(1000, device="cuda")[0, 0].repeat(m // 1000 + 1)[:m]  # ties in the third digit
-    length = torch.tensor([[m, 100_001, m - 1, m, 77_777, 500]], dtype=torch.int32, device="cuda")
-    beyond = lists.masked_fill(torch.arange(m, device="cuda") >= length[..., None], float("nan"))
-    for late in (False, True):
-        check(lists, keep, None, late)
-        check(beyond, keep, length, late)
-        check(beyond[:, [0, 2, 4, 5]].repeat(1, 8, 1), keep, length[:, [0, 2, 4, 5]].repeat(1, 8), late)  # larger programs
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int16], ids=str)
-def test_choice_of_a_million(dtype):
-    gen = torch.Generator(device="cuda").manual_seed(0)
-    score = (100 * torch.randn(2, 1, (1 << 20) + 5, device="cuda", generator=gen)).to(dtype)
-    length = torch.tensor([[1 << 20], [3]], dtype=torch.int32, device="cuda")
-    for late in (False, True):
-        check(score, 2048, length, late)
-
-
-def test_a_choice_in_a_graph():
-    """Replays read new scores and lengths, leave nothing behind for the next one, and wait for nothing."""
-    score = torch.randn(2, 4, 50_000, device="cuda")
-    length = torch.tensor([[50_000, 40_000], [20_000, 30]], dtype=torch.int32, device="cuda")
-    chosen.best_entries(score, 500, length=length)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        index, count = chosen.best_entries(score, 500, length=length)
-    for i in range(10):
-        score.copy_(torch.randn_like(score) if i % 2 else torch.randint_like(score, 9))
-        length[1, 1] += 7000
-        length.clamp_(max=50_000)
-        graph.replay()
-        want = cases.law(score, 500, length=length)
-        assert torch.equal(index, want[0]) and torch.equal(count, want[1])
 
 
 @both

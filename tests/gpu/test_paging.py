@@ -142,6 +142,30 @@ def test_attention(r, page, d, kind, dtype):
 
 
 @both
+@storages
+@pytest.mark.parametrize("r,page,d", SIZES)
+def test_attention_over_entries(r, page, d, kind, dtype):
+    for lens in LENGTHS[1:]:
+        q, kv = make(r, d, lens, kind, dtype)
+        for heads, rows in ((1, 1), (1, None), (2, None), (2 * r, None)):
+            for n in (1, 50, 700):
+                entries = cases.random_entries(kv, heads, n, seed=r, rows=rows)
+                first, _ = cases.check_attend(q, kv, *entries, 1, TOLERANCE[dtype])
+                assert torch.equal(first, cases.check_attend(q, kv, *entries, 1, TOLERANCE[dtype])[0])
+
+
+@both
+def test_attention_over_many_entries(dtype):
+    """Programs of one to many steps; what they found is merged in one order, whoever comes last."""
+    q, kv = make(4, 128, ((9000, 7000),), "dense", dtype)
+    for heads, n in ((1, 2048), (8, 128), (8, 1024), (2, 6571)):
+        entries = cases.random_entries(kv, heads, n, seed=n)
+        first, _ = cases.check_attend(q, kv, *entries, 1, TOLERANCE[dtype])
+        for _ in range(20):
+            assert torch.equal(first, kernels.attend(q, kv, cases.listed(q, kv, *entries, 1), 128**-0.5, True)[0])
+
+
+@both
 @pytest.mark.parametrize("share", ["group", "head"])
 @storages
 def test_a_step_of_quest(kind, share, dtype):

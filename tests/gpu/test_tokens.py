@@ -96,8 +96,69 @@ def test_large_logits():
 def test_chunks(monkeypatch):
     monkeypatch.setattr(tokens, "ROWS_MOST", 256)
     case = listed(make(1000, h=8, g=2), 5, 64, sink=True)
-    assert len(tokens.Work(case.q, case.kv, case.layout, 0.1).chunks()) == 4
+    assert [len(x) for x in tokens.Work(case.q, case.kv, case.layout, 0.1).batches()] == [4]
     both_ways(case)
+    both_ways(case, scratch=1)  # a batch of lists for each chunk
+    gradients(case)
+
+
+@pytest.mark.parametrize("h,g,heads", [(4, 4, 4), (8, 2, 2), (16, 1, 1), (64, 1, 1), (8, 2, 8)])
+@pytest.mark.parametrize("local", [False, True])
+def test_lists_hold_every_pair_once(h, g, heads, local):
+    """Ids and shared blocks of all chunks together, as a mask of whole blocks, and the slots that are said to be written."""
+    case = listed(make(3000, h=h, g=g), 12, 64, heads=heads, local=local, sink=True)
+    x = case.layout
+    for share in SHARES:
+        base = replace(tokens.config(case.q, case.kv, 64), scratch=64 << 20)
+        work = tokens.Work(case.q, case.kv, x, 0.1, base if share is None else replace(base, shared=share))
+        lists, leads = work.heads.lists, work.heads.leads
+        at = torch.arange(leads, device="cuda")
+        blocks, n, slots = 47, 3000, x.tiles.shape[-1]
+        start = x.tiles[0, (at % (g * lists)) * work.heads.share * x.tiles.shape[1] // h].long()
+        count = x.tile_count[0, (at % (g * lists)) * work.heads.share * x.tiles.shape[1] // h]
+        used = torch.arange(slots, device="cuda") < count[..., None]
+        want = torch.zeros(leads, n, blocks + 1, dtype=torch.bool, device="cuda")
+        want.scatter_(2, torch.where(used, start // 64, blocks), True)
+        seen = torch.arange(blocks, device="cuda") * 64 <= torch.arange(n, device="cuda")[:, None]
+        want = want[..., :blocks] & seen
+        for batch in work.batches():
+            made = work.lists(batch)
+            k = leads * made.blocks
+            got = torch.zeros(leads, n, blocks, dtype=torch.int32, device="cuda")
+            present = torch.zeros(leads, n, slots + 1, dtype=torch.bool, device="cuda")
+            for number, (first, rows) in enumerate(batch):
+                length, offset = made.counts[number].long(), made.offset[number].long()
+                row = torch.repeat_interleave(torch.arange(k, device="cuda"), length)
+                inside = torch.arange(len(row), device="cuda") - (length.cumsum(0) - length)[row]
+                word = made.ids[offset[row] + inside].long()
+                assert bool(((word.diff() > 0) | (row.diff() > 0)).all())
+                lead, block, token = row // made.blocks, row % made.blocks, first + (word >> 8)
+                got.index_put_((lead, token, block), torch.ones_like(word, dtype=torch.int32), accumulate=True)
+                assert torch.equal(start[lead, token, word & 255], block * 64)
+                present[lead, token, word & 255] = True
+                items = made.items[number, : int(made.plan[number])].long()
+                sizes = torch.zeros(k, dtype=torch.long, device="cuda").index_add_(0, items[:, 0], items[:, 2] - items[:, 1])
+                assert torch.equal(sizes, length) and bool((items[:, 2] - items[:, 1] <= work.longest).all())
+            end = batch[-1][0] + batch[-1][1]
+            width, (first, _) = made.shared.shape[2], batch[0]
+            i = torch.arange(width, device="cuda")
+            front, back = made.shared_count.long().split(1, -1)
+            named = torch.zeros(*made.shared.shape[:2], blocks + 1, dtype=torch.bool, device="cuda")
+            live = (i < front) | (i >= width - back)
+            named.scatter_(2, torch.where(live, made.shared, blocks).long(), True)
+            shared = named[..., :blocks].repeat_interleave(made.tile, 1)[:, : end - first] & want[:, first:end]
+            got[:, first:end] += shared.int()
+            assert torch.equal(got[:, first:end], want[:, first:end].int())
+            present[:, first:end, slots] = shared.any(-1)
+            bits = (made.present[:, : end - first, :, None] >> torch.arange(32, device="cuda", dtype=torch.int32)) & 1
+            assert torch.equal(bits.flatten(2)[..., : slots + 1].bool(), present[:, first:end])
+
+
+@pytest.mark.parametrize("h,g,heads", [(4, 4, 4), (8, 2, 2), (64, 1, 1), (8, 2, 8)])
+@pytest.mark.parametrize("scratch", [1 << 12, 1 << 28])
+def test_inverse_lists(h, g, heads, scratch):
+    cases.check_inverse(listed(make(1500, h=h, g=g), 12, 64, heads=heads, sink=True, b=2), scratch)
+    cases.check_inverse(cases.odd(make(700, h=h, g=g), 64, 6), scratch)
 
 
 def test_runs_are_equal():

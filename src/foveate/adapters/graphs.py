@@ -6,7 +6,7 @@ later ones are replayed. What cannot be captured runs as it is, and `Handle.note
 nothing is planned on the host. A step after which a cache policy drops entries runs as it is: fixed stores drop in place,
 so the graphs of the other steps stay what they are. With `compiled=True` the layers of captured steps are compiled first
 (`compiled.py`). A call of several tokens and a rollback end the graphs, unless all methods say that they go on
-(`Method.resumes`): then drafts are replayed from one verification to the next.
+(`Method.resumes`): then drafts are replayed from one verification to the next, and so are the verifications (`calls.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..cache.store import longest
 from ..methods.base import Method
 from ..payoff import pay_off
 from ..scores.bounds import Bounds
+from .calls import Call, Calls, few, places
 from .compiled import Layers
 from .context import ContextCache
 
@@ -43,7 +44,7 @@ class Graphs:
 
     Attributes:
         replays: steps that were replayed. failed: why nothing is captured any more, or None. layers: the compiled layers,
-            or None where they run as they are.
+            or None where they run as they are. calls: those of a few tokens.
     """
 
     devices = ("cuda",)
@@ -54,23 +55,26 @@ class Graphs:
         self.forward: Callable[..., Any] = handle.model.forward
         self.failed: str | None = None
         self.layers: Layers | None = None
+        self.calls = Calls(self)
         if compiled:
             layers = Layers(handle, tuned=compiled == "tuned", backend=self.backend)
             if (why := layers.why_not()) is None:
                 self.layers = layers
             else:
-                self._plain(why)
+                self.plain(why)
 
     def install(self) -> None:
         @functools.wraps(self.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if args or not self._is_step(kwargs):
-                return self.forward(*args, **kwargs)
-            why = self.why_not(kwargs)
-            if why is None:
-                return self._step(kwargs)
-            self.handle.note_store[f"decode steps are not captured: {why}"] = None
-            return self.forward(**kwargs)
+            if not args and self._is_step(kwargs):
+                if (why := self.why_not(kwargs)) is None:
+                    return self._step(kwargs)
+                self.handle.note_store[f"decode steps are not captured: {why}"] = None
+            elif not args and self.calls.are(kwargs):
+                if (why := self.calls.why_not(kwargs)) is None:
+                    return self.calls.run(kwargs)
+                self.handle.note_store[f"verifications are not captured: {why}"] = None
+            return self.forward(*args, **kwargs)
 
         self.handle.model.forward = forward
 
@@ -145,7 +149,7 @@ class Graphs:
         phase, drops = f"{self._phase(step)}; {stores}; {gates}", self._drops(step)
         held.gated(gates, step)
         if self.layers is not None and (why := self.layers.trial(self.forward, held.ids, held.at)) is not None:
-            self._plain(why)
+            self.plain(why)
         joined = phase not in held.graphs and held.join(cache)  # then stores append by another kernel than before
         if drops or phase not in held.warm or joined:
             held.warm.add(phase)
@@ -158,12 +162,12 @@ class Graphs:
         held.ids.copy_(ids)
         held.at.copy_(at)
         known = phase in held.graphs
-        if not known and (why := self._capture(cache, held, phase)) is not None:
+        if not known and (why := self.capture(cache, held, phase)) is not None:
             cache.captured = None
             if self.layers is None:
                 self.failed = why
             else:  # the next steps try again without the compiler
-                self._plain(why)
+                self.plain(why)
             return self._run(cache, ids, at)
         graph, logits = held.graphs[phase]
         graph.replay()
@@ -194,32 +198,44 @@ class Graphs:
         return isinstance(policy, Method) and bool(policy.evicts(step))
 
     def _run(self, cache: ContextCache, ids: Tensor, at: Tensor) -> Any:
-        with self.layers or contextlib.nullcontext():
-            return self.forward(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        n, plain = ids.shape[1], contextlib.nullcontext()
+        layers = self.layers if n == 1 or self.calls.compiled else None
+        with layers or plain, plain if n == 1 else few(self.handle, cache):
+            return self.forward(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=n)
 
-    def _plain(self, why: str) -> None:
+    def plain(self, why: str) -> None:
         self.layers = None
         self.handle.note_store[f"layers are not compiled: {why}"] = None
 
-    def _capture(self, cache: ContextCache, held: Captured, phase: str) -> str | None:
-        """Record a step (nothing runs on the device, the host counts it) or return why it could not be recorded."""
-        before = [(list(c.seen), c.steps, s.counted()) for c, s in held.pairs(cache)], [x.columns for x in cache.layers]
+    def capture(self, cache: ContextCache, held: Captured | Call, phase: str) -> str | None:
+        """Record a step or a call (nothing runs on the device, the host counts it) or return why that could not be done."""
+        captured: Captured = cache.captured  # type: ignore[assignment]
+        before = [(vars(c) | {"seen": list(c.seen)}, s.counted()) for c, s in captured.pairs(cache)]
+        columns = [layer.columns for layer in cache.layers]
         try:
-            held.graphs[phase] = self.record(cache, held)
-            held.memory = memory(cache)
+            if isinstance(held, Call):
+                if captured.graphs and captured.memory != memory(cache):  # steps of before read what is elsewhere now
+                    captured.clear()
+                    captured.warm.clear()
+                held.opens(cache)
+            graph = self.record(cache, held)
+            if isinstance(held, Call):
+                held.closes(cache)
+            captured.graphs[phase], captured.memory = graph, memory(cache)
         except Exception as err:
-            for (layer_cache, store), (seen, steps, counted) in zip(held.pairs(cache), before[0], strict=True):
-                layer_cache.seen, layer_cache.steps = seen, steps
+            for (layer_cache, store), (then, counted) in zip(captured.pairs(cache), before, strict=True):
+                for name in ("seen", "steps", "fresh", "pending"):
+                    setattr(layer_cache, name, then[name])
                 store.recount(counted)
                 layer_cache.forget()
-            for layer, columns in zip(cache.layers, before[1], strict=True):
-                layer.columns, layer.open = columns, False
+            for layer, count in zip(cache.layers, columns, strict=True):
+                layer.columns, layer.open = count, False
             cache.broken = False
             return f"the capture failed: {str(err).splitlines()[0] if str(err) else type(err).__name__}"
         return None
 
-    def record(self, cache: ContextCache, held: Captured) -> tuple[Any, Tensor]:
-        """(the graph of one step, its logits); the host has counted the step, the device has not run it."""
+    def record(self, cache: ContextCache, held: Captured | Call) -> tuple[Any, Tensor]:
+        """(the graph of a step or a call, its logits); the host has counted it, the device has not run it."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, pool=held.pool):
@@ -233,7 +249,8 @@ class Captured:
     Attributes:
         stores: one a layer; graphs hold their addresses. ids, at: `[B, 1]`, token and position of the step.
         warm: phases that ran once. graphs: phase -> (graph, its logits `[B, 1, V]`). memory: where the methods' tensors
-            were when the last one was recorded. gates: what the length gates said of the last step.
+            were when the last one was recorded. gates: what the length gates said of the last step. calls: of a few tokens,
+            by their number; their graphs are among the others.
     """
 
     def __init__(self, cache: ContextCache, ids: Tensor):
@@ -247,6 +264,7 @@ class Captured:
         self.warm: set[str] = set()
         self.graphs: dict[str, tuple[Any, Tensor]] = {}
         self.memory: list[tuple[int, ...]] = []
+        self.calls: dict[int, Call] = {}
         self.gates = ""
         self.pool = self._pool()
         self.rows = [(s, s.seen_now) for s in self.stores]  # reordered rows have new tensors
@@ -311,13 +329,3 @@ def stays(recipe: Recipe) -> bool:
 def memory(cache: ContextCache) -> list[tuple[int, ...]]:
     """Where everything is that methods remember beside these layers."""
     return places([(layer.cache.batch, layer.cache.rows) for layer in cache.layers])
-
-
-def places(held: Any) -> list[tuple[int, ...]]:
-    """Address and shape of every tensor inside a value of `state.layer`, in a fixed order."""
-    if isinstance(held, Tensor):
-        return [(held.data_ptr(), *held.shape)]
-    if isinstance(held, (dict, list, tuple)):
-        parts = held.values() if isinstance(held, dict) else held
-        return [place for part in parts for place in places(part)]
-    return places(vars(held)) if hasattr(held, "__dict__") else []

@@ -54,6 +54,7 @@ class Handle:
         self._names = list(inspect.signature(self.decoder.forward).parameters)
         self._before = self.decoder.config._attn_implementation
         self._hooks: list[Any] = []
+        self._infos: dict[int, tuple[tuple[Any, ...], Info]] = {}
         self.graphs: Graphs | None = None
 
     @property
@@ -136,12 +137,13 @@ class Handle:
                 raise CacheError("past_key_values: a forward over it failed half-way; start again from a fork or a save")
             if len(given.layers) != len(self.layers):
                 raise CacheError(f"past_key_values: expected {len(self.layers)} layers, got {len(given.layers)}")
+            if given.handle is self:
+                return given
             if given.handle is None or given.handle.recipe.describe() != self.recipe.describe():
                 for layer in given.layers:  # what other methods remembered beside these entries means nothing here
                     layer.cache.forget()
                 given.run = {}
-            if given.handle is not self:
-                given.captured = None  # graphs of another recipe's steps, or of another backend's
+            given.captured = None  # graphs of another recipe's steps, or of another backend's
             given.handle = self
             return given
         if given is None and not use:
@@ -156,17 +158,16 @@ class Handle:
     def info(
         self, module: Any, scale: float | None, softcap: float | None, window: int | None, sinks: Tensor | None
     ) -> Info:
-        """What the runtime needs to know of a layer."""
-        return Info(
-            layer=module.layer_idx,
-            layers=len(self.layers),
-            scale=scale if scale is not None else module.head_dim**-0.5,
-            softcap=softcap,
-            window=window,
-            sinks=sinks,
-            rope=self.ropes[module.layer_idx],
-            backend=self.backend,
-        )
+        """What the runtime needs to know of a layer: the same as in the last step, unless something was changed."""
+        layer = module.layer_idx
+        scale = scale if scale is not None else module.head_dim**-0.5
+        facts, rope = (scale, softcap, window, self.backend), self.ropes[layer]
+        last = self._infos.get(layer)
+        if last is not None and last[0] == facts and last[1].sinks is sinks and last[1].rope is rope:
+            return last[1]
+        info = Info(layer, len(self.layers), scale, softcap, window, sinks, rope, self.backend)
+        self._infos[layer] = facts, info
+        return info
 
 
 @dataclass

@@ -11,9 +11,10 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..doctor import device_name
 from ..errors import ConfigError
 from ..methods.base import Method
 from ..payoff import Table
+from ..profile import Profile
 from ..recipe import Recipe
 from . import results
 from .decode import Stage
@@ -33,12 +35,13 @@ from .results import Row
 BENCH = "breakeven"
 PHASES = ("prefill", "decode")
 LENGTHS = {"cuda": tuple(2**i for i in range(11, 18)), "cpu": (512, 1024, 2048, 4096)}
-# Every decode method that needs no profile and works on the device: in 128K tokens none may be slower than dense but those
-# that read all keys by their nature (topk_exact; token_select at best 1.6 times faster, see benchmarks/NOTES.md).
+# Every decode method that works on the device and needs no profile, or weights that `MADE` draws: in 128K tokens none may
+# be slower than dense but those that read all keys by their nature (topk_exact; token_select at best 1.6 times faster, see
+# benchmarks/NOTES.md).
 DECODE = (
     "quest", "quest:share=group", "quest:page=64,share=group", "decode=lserve:assign=even", "tidal_decode", "adamas",
     "double_sparsity", "decode=token_select", "decode=longheads", "recycled_attention", "pillar_attn",
-    "decode=streaming_llm", "decode=s2_strided", "decode=topk_exact",
+    "decode=streaming_llm", "decode=s2_strided", "decode=topk_exact", "decode=dsa",
 )  # fmt: skip
 RECIPES = ("minference", "flexprefill", "xattention", "spargeattn", "anchor_attention", *DECODE)
 LEAST, MOST, SLOW = 0.2, 30, 20.0  # seconds a method is measured at least; rounds at most; seconds before it is cut short
@@ -170,6 +173,31 @@ def _row(
     return Row(f"{phase}, {n} tokens", text, shape.facts() | params, took, None, density)
 
 
+# ---------------------------------------------------------------------- weights of methods that have to be trained
+def indexers(shape: Shape) -> Profile:
+    """Random weights for dsa: the published 64 heads of width 128 in every layer, on the mean query and key of all heads."""
+    gen = torch.Generator().manual_seed(0)
+    heads, width = 64, 128
+    tensors: dict[str, torch.Tensor] = {}
+    for i in range(shape.layers):
+        sizes = {"q": (heads, width, shape.d), "k": (width, shape.d), "w": (heads, shape.d)}
+        tensors |= {f"layer.{i}.{name}": torch.randn(*size, generator=gen) / shape.d**0.5 for name, size in sizes.items()}
+    return Profile("dsa", {"rope_dims": 64}, tensors)
+
+
+MADE: dict[str, Callable[[Shape], Profile]] = {"dsa": indexers}
+
+
+def equipped(method: Method, shape: Shape, folder: Path) -> Method:
+    """The method with random weights, written below `folder`, if it needs some and names none: time does not go by them."""
+    if method.id not in MADE or getattr(method, "profile", None) is not None:
+        return method
+    where = folder / method.id
+    if not where.exists():
+        MADE[method.id](shape).save(where)
+    return replace(method, profile=str(where))  # type: ignore[call-arg]
+
+
 # ---------------------------------------------------------------------- all of them
 def run(
     recipes: Sequence[str] = RECIPES, *, lengths: Sequence[int] | None = None, shape: Shape | None = None,
@@ -207,7 +235,7 @@ def run(
 
     made: Problem | Stage | None = None
     built: tuple[int, str] | None = None
-    with torch.inference_mode():
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         for i, (n, phase, text, method) in enumerate(todo):
             if time.monotonic() - began > seconds:
                 notes.append(f"{len(todo) - i} measurements were not made: the {seconds:g} s were over")
@@ -224,12 +252,14 @@ def run(
                         made = Stage(n, shape.h, shape.g, shape.d, shape.dtype, shape.layers, where)
                 elif where.type == "cuda" and torch.cuda.memory_reserved(where) > 0.6 * torch.cuda.mem_get_info(where)[1]:
                     _release(where)  # graphs of earlier methods hold memory
+                able = equipped(method, shape, Path(folder))
                 if isinstance(made, Problem):
-                    row = prefill_row(text, method, made, shape, rounds)
+                    row = prefill_row(text, able, made, shape, rounds)
                 elif made is not None:
-                    row = decode_row(text, method, made, shape, rounds)
+                    row = decode_row(text, able, made, shape, rounds)
                 else:
                     continue  # there was no memory for this length, which a note says
+                row.params["method"] = method.describe()  # as it was asked for: made weights are nobody's
             except Exception as err:  # out of memory, say: the others still count
                 notes.append(f"{phase}, {n} tokens, {text}: {type(err).__name__}: {' '.join(str(err).split())[:200]}")
                 continue

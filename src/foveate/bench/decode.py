@@ -49,12 +49,12 @@ class Stage:
         """Dense attention, back at the end of the context: it remembers nothing else."""
         if self._dense is None:
             self._dense = Subject(self, Recipe.of("dense"))
-        for cache in self._dense.caches:
+        for cache, counted in zip(self._dense.caches, self._dense.counted, strict=True):
             cache.seen = [self.n]
             if isinstance(cache.store, FixedDense):  # in place: graphs hold these
                 cache.store.now.fill_(self.n)
                 cache.store.seen_now.fill_(self.n)
-                cache.store.recount([self.n])
+                cache.store.recount(counted)
             elif cache.store is not None:
                 cache.store.truncate(cache.store.lens[0][0] - self.n)
         return self._dense
@@ -76,6 +76,7 @@ class Subject:
         self.method, self.captured = method, stage.device.type in DEVICES and capturable(method)
         self.graphs: dict[str | None, Any] = {}
         self.caches = [self._cache(i) for i in range(stage.layers)]
+        self.counted = [c.store.counted() if isinstance(c.store, Fixed) else None for c in self.caches]  # before any step
         for _ in range(WARM - 2):
             self._step()
         seen = Plans()

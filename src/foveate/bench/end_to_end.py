@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..measure import Progress, facts
+from ..facts import facts
+from ..measure import Progress
 from ..prompts import Prompt, check_fits
 from ..recipe import Recipe
 from . import results

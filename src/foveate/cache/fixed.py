@@ -2,7 +2,7 @@
 
 An ordinary store tells kernels its length through shapes and offsets that the host computes; a captured graph cannot see
 those change. Here every view has the same shapes, one token is written where tensors say, and entries are dropped in place.
-Where graphs outlive it (`stays`), several tokens are written and rolled back in place too.
+Where graphs outlive it (`stays`), several tokens are written and rolled back in place too; who captures that says `wide`.
 The host counts along, and whoever replays a graph says so (`replayed`). `fix` makes one from an ordinary store, where there
 is one for its kind.
 """
@@ -39,12 +39,14 @@ class Fixed:
             kept by a method, which a store may bring up to date while it writes a token; whoever knows both sets it.
         stays: graphs stay right after a call of several tokens and after rollbacks, so both happen in this memory, where the
             store can; whoever owns the graphs sets it. moved: something of the kind has happened.
+        wide: views of a call of several tokens are those of a step, of one shape and with lengths on the device.
     """
 
     seen_now: Tensor
     beside: Bounds | None = None
     stays: bool = False
     moved: bool = False
+    wide: bool = False
 
     @property
     def full(self) -> bool:
@@ -54,8 +56,12 @@ class Fixed:
         """What the host knows of the next step and a graph cannot see: steps that differ in it have graphs of their own."""
         return ""
 
-    def replayed(self) -> None:
-        """One more token came in, written by a replayed graph."""
+    def takes(self, n: int) -> bool:
+        """Whether n tokens of each row, and rollbacks, may be written into the memory and the lengths that graphs read."""
+        return False
+
+    def replayed(self, n: int = 1) -> None:
+        """n more tokens of each row came in, written by a replayed graph; more than one only where `takes` says so."""
         raise NotImplementedError
 
     def counted(self) -> object:
@@ -83,7 +89,7 @@ class FixedDense(DenseStore, Fixed):
     """A rectangle with room for `size` entries. now: int32 `[B, G]`, entries that exist."""
 
     _said: Tensor | None = None  # a copy of `now` that the last append made, while it holds
-    _several = False  # the last call brought several tokens: views are those of an ordinary store
+    _several = False  # the last call brought several tokens: views are those of an ordinary store, unless `wide`
 
     def __init__(self, store: DenseStore, seen: list[int], size: int | None = None):
         used, have = max(store.count), store.k.shape[2]
@@ -105,10 +111,10 @@ class FixedDense(DenseStore, Fixed):
         n = k.shape[2]
         if valid is not None or max(self.count) + n > self.k.shape[2] or not (n == 1 or self._writes()):
             return self.loose().append(k, v, valid, seen)
-        if n == 1 and (kernels := self._kernels()) is not None:
-            pages = None if self.beside is None else self.beside.joins(self.k)
+        if (kernels := self._kernels(n)) is not None:
+            pages = None if self.beside is None or n > 1 else self.beside.joins(self.k)
             said = kernels.append(k, v, self.k, self.v, self.now, self.seen_now, pages)
-            self.replayed()
+            self.replayed(n)
             self._said = said
             if pages is not None and self.beside is not None:
                 self.beside.joined(said)
@@ -123,30 +129,38 @@ class FixedDense(DenseStore, Fixed):
             self.bias.scatter_(2, at, 0.0)
         self.now += n
         self.seen_now += n
-        if n == 1:
-            self.replayed()
-        else:
-            self.count, self._said, self._several, self.moved = [c + n for c in self.count], None, True, True
+        self.replayed(n)
         return self
+
+    def takes(self, n: int) -> bool:
+        return self._writes() and self.pos is None and max(self.count) + n <= self.k.shape[2]
 
     def _writes(self) -> bool:
         """Several tokens, and rollbacks, may be written into the lengths that graphs read."""
         return self.stays and (torch.is_inference_mode_enabled() or not self.now.is_inference())
 
-    def _kernels(self) -> ModuleType | None:
-        """The kernel that appends in one launch, where it serves: entries in text order without weights."""
+    def _kernels(self, n: int) -> ModuleType | None:
+        """What appends n tokens in one launch, where it serves: entries in text order without weights."""
         plain = self.pos is None and self.bias is None and (self.seen_now.is_contiguous() and self.now.is_contiguous())
         kernels = fused.pages(self.k) if plain else None
-        return kernels if kernels is not None and kernels.appends(self.k, self.v) else None
+        if kernels is None or not kernels.appends(self.k, self.v):
+            return None
+        if n > 1:
+            from ..kernels.triton import append_launch as several
 
-    def replayed(self) -> None:
-        self.count, self._said, self._several = [c + 1 for c in self.count], None, False
+            return several if n <= several.MOST else None
+        return kernels
+
+    def replayed(self, n: int = 1) -> None:
+        self.count, self._said, self._several = [c + n for c in self.count], None, n > 1
+        self.moved = self.moved or n > 1
 
     def counted(self) -> object:
-        return list(self.count)
+        return list(self.count), self._several, self.moved
 
     def recount(self, counted: object) -> None:
-        self.count, self._said = list(counted), None  # type: ignore[call-overload]
+        assert isinstance(counted, tuple)
+        self.count, self._several, self.moved, self._said = *counted, None
 
     def loose(self) -> DenseStore:
         """The same entries as an ordinary store, which may grow; this one must not be used afterwards."""
@@ -155,7 +169,7 @@ class FixedDense(DenseStore, Fixed):
     def view(self) -> KV:
         # A copy of the lengths: views handed out earlier stay what they were.
         lens = self.now.clone() if self._said is None else self._said
-        if self._several:
+        if self._several and not self.wide:
             m = max(self.count)
             k, v, pos, bias = (None if t is None else t[:, :, :m] for t in (self.k, self.v, self.pos, self.bias))
             assert k is not None and v is not None
@@ -222,8 +236,8 @@ class FixedRing(RingStore, Fixed):
         self.replayed()
         return self
 
-    def replayed(self) -> None:
-        self.seen = [s + 1 for s in self.seen]
+    def replayed(self, n: int = 1) -> None:
+        self.seen = [s + n for s in self.seen]
 
     def counted(self) -> object:
         return list(self.seen)
@@ -277,9 +291,9 @@ class FixedRagged(RaggedStore, Fixed):
         self.replayed()
         return self
 
-    def replayed(self) -> None:
-        self.counts = [[c + 1 for c in row] for row in self.counts]
-        self.free -= 1
+    def replayed(self, n: int = 1) -> None:
+        self.counts = [[c + n for c in row] for row in self.counts]
+        self.free -= n
 
     def counted(self) -> object:
         return [list(row) for row in self.counts], self.free

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..kv import KV
 from ..methods.base import Selection
@@ -19,7 +20,10 @@ from .store import Store, room
 
 
 class FixedChannels(ChannelStore, Fixed):
-    """Room for `size` entries of the longest row. now: int64 `[B]`, entries that exist."""
+    """Room for `size` entries of the longest row. now: int64 `[B]`, entries that exist.
+
+    spaced: `[B, G, P, W]`, the pruned keys `few` with zeros behind them: `wide` of `packed.Thinned`.
+    """
 
     def __init__(self, store: ChannelStore, seen: list[int]):
         self.__dict__.update(store.__dict__)
@@ -29,9 +33,16 @@ class FixedChannels(ChannelStore, Fixed):
         self.tail = fixed._widen(store.tail, held, whole)
         self.v = fixed._widen(store.v, used, self.size)
         self.pos, self.bias = (None if t is None else fixed._widen(t, used, self.size) for t in (store.pos, store.bias))
-        self.index, self.behind = self.channels.long(), self.done.there()
+        self._settle()
         self.now = torch.tensor(store.count.host, device=self.v.device)
         self.seen_now = torch.tensor(seen, device=self.v.device)
+
+    def _settle(self) -> None:
+        """What follows from the pruned keys and does not change while decoding."""
+        self.index, self.behind, width = self.channels.long(), self.done.there(), self.few.shape[3]
+        more = -width % (16 // self.few.element_size())
+        self.spaced = pad(self.few, (0, more)) if more else self.few
+        self.few = self.spaced[..., :width]  # one tensor for both
 
     @property
     def full(self) -> bool:
@@ -52,8 +63,8 @@ class FixedChannels(ChannelStore, Fixed):
         self.replayed()
         return self
 
-    def replayed(self) -> None:
-        self.count = Rows([n + 1 for n in self.count.host], self.count.device)
+    def replayed(self, n: int = 1) -> None:
+        self.count = Rows([c + n for c in self.count.host], self.count.device)
 
     def counted(self) -> object:
         return self.count
@@ -62,7 +73,7 @@ class FixedChannels(ChannelStore, Fixed):
         self.count = counted  # type: ignore[assignment]
 
     def view(self) -> KV:
-        few, index, behind, tail, v, m = self.few, self.index, self.behind, self.tail, self.v, self.size
+        few, wide, index, behind, tail, v, m = self.few, self.spaced, self.index, self.behind, self.tail, self.v, self.size
         now, (b, g, t, d) = self.now.clone(), tail.shape
         lens = now.int()[:, None].expand(b, g).contiguous()
         if self.done.most == 0:
@@ -76,7 +87,7 @@ class FixedChannels(ChannelStore, Fixed):
             out.scatter_(2, spot[:, None, :, None].expand(b, g, t, d), tail)
             return out[:, :, :m], v
 
-        packed = Thinned(few, index, tail, v, behind, self.done.most if self.done.even else None)
+        packed = Thinned(few, index, tail, v, behind, self.done.most if self.done.even else None, wide)
         return PackedKV.over(packed, make, tail, v.shape[3], m, len=lens, pos=self.pos, bias=self.bias)
 
     def loose(self) -> ChannelStore:
@@ -105,7 +116,7 @@ class FixedChannels(ChannelStore, Fixed):
         super().reorder(index)
         rows = index.to(self.v.device)
         self.now, self.seen_now = self.now.index_select(0, rows), self.seen_now.index_select(0, rows)
-        self.index, self.behind = self.channels.long(), self.done.there()
+        self._settle()
 
 
 fixed._KINDS[ChannelStore] = FixedChannels

@@ -166,7 +166,8 @@ class FixedQuantised(QuantisedStore, Fixed):
         self.fresh = fresh
         return self
 
-    def replayed(self) -> None:
+    def replayed(self, n: int = 1) -> None:
+        assert n == 1  # `takes` says so
         self.fresh = None
         self.calm, self.count = self.count, Rows([n + 1 for n in self.count.host], self.count.device)
 

@@ -24,9 +24,9 @@ class ChannelStore:
     entry but the last `dense` of each row; what comes later is whole until the next one. The first set of channels
     stays: what older entries have lost could not be brought back for another.
 
-    `view` is a `PackedKV`: a dense step multiplies the channels that are left, everything else scatters the pruned keys
-    into zeros, a dense copy for as long as the attention call lasts. Rows may differ in length, the kv heads of a row may
-    not.
+    `view` is a `PackedKV`: dense steps and those over a rule or lists multiply the channels that are left, everything else
+    scatters the pruned keys into zeros, a dense copy for as long as the attention call lasts. Rows may differ in length,
+    the kv heads of a row may not.
     """
 
     kind: ClassVar[str] = "channels"

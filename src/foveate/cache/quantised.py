@@ -83,8 +83,8 @@ class QuantisedStore:
 
     Quantising happens before a single token is appended and when a policy selects, never inside a prompt: so a prompt
     attends to itself exactly, whole or in chunks, and token by token gives what the prompt at once gives. `view` is a
-    `PackedKV`: dense steps and those over listed tiles or entries read codes, everything else a dense copy in the entries'
-    dtype, one layer's worth of memory for as long as the attention call lasts.
+    `PackedKV`: dense steps and those over a rule or lists read codes, everything else a dense copy in the entries' dtype,
+    one layer's worth of memory for as long as the attention call lasts.
 
     Rows may differ in length, the kv heads of a row may not. Entries can be evicted only before they are quantised.
     """

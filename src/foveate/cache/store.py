@@ -79,10 +79,9 @@ def new_positions(seen: list[int], n: int, like: Tensor) -> Tensor | int:
 
 def last_positions(seen: list[int], n: int, device: torch.device) -> Tensor:
     """int64 `[B, n]`: the text positions of the last n tokens of rows that have seen `seen` tokens."""
-    steps = torch.arange(n, device=device)
-    if len(set(seen)) == 1:
-        return (seen[0] - n + steps).expand(len(seen), n)
-    return torch.tensor(seen, device=device)[:, None] - n + steps
+    if seen.count(seen[0]) == len(seen):
+        return torch.arange(seen[0] - n, seen[0], device=device).expand(len(seen), n)
+    return torch.tensor(seen, device=device)[:, None] - n + torch.arange(n, device=device)
 
 
 def longest(store: Store) -> int:

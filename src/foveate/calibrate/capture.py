@@ -23,6 +23,7 @@ from ..evals.text import Source
 from ..evals.threads import Single
 from ..kernels.dispatch import attend
 from ..methods.base import AttnInput, Method, State
+from ..prompts import read_text
 from ..recipe import Recipe
 
 TASKS: tuple[Task, ...] = (Single("single"), Needle("needle"))  # key-value pairs, as published; a fact in essays
@@ -45,7 +46,7 @@ def prompts(tokenizer: Any, files: Sequence[str | Path], length: int, count: int
     if length < 2 or count < 1:
         raise ConfigError(f"length and samples: expected at least 2 tokens and 1 prompt, got {length} and {count}")
     if files:
-        return _windows(tokenizer, "\n\n".join(_text(Path(f)) for f in files), length, count, seed)
+        return _windows(tokenizer, "\n\n".join(read_text("data", f) for f in files), length, count, seed)
     source = Source.of()
     fits = length >= LEAST and getattr(tokenizer, "is_fast", False)
     kinds = [None, *TASKS] if fits else [None]
@@ -58,18 +59,6 @@ def prompts(tokenizer: Any, files: Sequence[str | Path], length: int, count: int
         else:
             out.append(torch.tensor([make(task, tokenizer, length, i, seed, source)[1].ids]))
     return out
-
-
-def _text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise ConfigError(f"data: {path} is not UTF-8 text (byte {err.start})") from err
-    except OSError as err:
-        raise ConfigError(f"data: cannot read {path}: {err.strerror}") from err
-    if not text.strip():
-        raise ConfigError(f"data: {path} holds no words")
-    return text
 
 
 def _windows(tokenizer: Any, text: str, length: int, count: int, seed: int) -> list[Tensor]:

@@ -122,7 +122,7 @@ def _warnings(best: Point, asked: int, max_loss: float, missing: Sequence[str]) 
     if best.length != asked:
         found.append(f"nothing was measured at {asked:,} tokens; this is the result at {best.length:,}")
     if best.loss is not None:
-        bound = 3 / best.n  # 95 % bound on how often answers differ when none of n did ("rule of three")
+        bound = min(1.0, 3 / best.n)  # 95 % bound on how often answers differ when none of n did ("rule of three")
         if best.loss.high > max_loss:
             found.append(f"the interval does not exclude a loss above {score(max_loss)} points ({_interval(best)})")
         elif best.loss.low == best.loss.high and bound > max_loss:

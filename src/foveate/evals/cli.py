@@ -131,6 +131,7 @@ def frontier(
 ) -> None:
     """Quality against density, time and memory from the results of foveate eval: tables, drawings, the Pareto front."""
     from ..report import evals
+    from ..report.console import stderr, stdout
     from . import frontier as front
     from .pareto import points
     from .results import Results
@@ -139,15 +140,14 @@ def frontier(
     found = points(results)
     if not found:
         raise ConfigError(f"results: {out} holds no finished samples yet; foveate eval --out {out} goes on")
-    print(front.table(found), end="")
+    for shown in front.terminal(found):
+        stdout().print(shown)
     where = report or out
     for kind in front.KINDS:
         front.write(found, where / f"frontier.{kind}")
     if summary is not None:
         front.write_summary(results, summary)
     page = evals.write(results, where)
-    from ..report.console import stderr
-
     stderr().print(f"tables: {where}/frontier.md, .csv, .json; page: {page}", highlight=False, soft_wrap=True)
 
 

@@ -98,6 +98,25 @@ def table(found: Sequence[Point]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def terminal(found: Sequence[Point]) -> list[Any]:
+    """The same as one rich table a length, without the columns that are empty there."""
+    from rich.table import Table
+
+    out = []
+    for length in sorted({p.length for p in found}):
+        own, d = [(p, on) for p, on in marked(found) if p.length == length], dense_of(found, length)
+        columns = [(title, [cell(p, d) for p, _ in own]) for title, cell in COLUMNS]
+        columns = [(title, cells) for title, cells in columns if set(cells) != {"-"}]
+        columns.append(("on the front of", [", ".join(AXES[x] for x in on) or "-" for _, on in own]))
+        table = Table("recipe", title=f"{length:,} tokens", title_justify="left")
+        for title, _ in columns:
+            table.add_column(title, justify="left" if title == "on the front of" else "right")
+        for row, (p, _) in enumerate(own):
+            table.add_row(p.recipe, *(cells[row] for _, cells in columns))
+        out.append(table)
+    return out
+
+
 def _csv(found: Sequence[Point]) -> str:
     out = io.StringIO()
     names = [f.name for f in fields(Point)]

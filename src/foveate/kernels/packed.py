@@ -2,23 +2,28 @@
 
 Considered for views of `PackedKV` only. Quantised entries go to Triton kernels on a GPU (`triton/quantised_launch.py`,
 `triton/quantised_lists_launch.py`); the forms below, the law, unpack pieces of bounded size. Pruned keys become two
-softmaxes, one over the channels that older keys still have; where entries are listed, only those are put together.
+softmaxes, one over the channels that older keys still have; where entries are listed, only those are put together, or on a
+GPU met where they lie (`triton/thinned_launch.py`). A rule is listed first (`packed_rules.py`).
 """
 
 from __future__ import annotations
 
+import importlib
+import math
 import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..combine import merge
 from ..kv import KV
 from ..layout import Layout
-from ..lists import repeat_heads
+from ..lists import RULE_FIELDS, repeat_heads
 from ..packed import CodedPair, PackedKV, Thinned
+from . import packed_rules
 from .base import Want
+from .join import joined
 
 NAME = "packed"
 BUDGET = 1 << 22  # numbers unpacked at a time: keys and values of a piece stay near the processor
@@ -31,26 +36,36 @@ def supports(q: Tensor, kv: KV, layout: Layout, want: Want) -> str | None:
         return "keys and values are unpacked already: a plan that reads raw keys, as scores of all keys do, unpacks them"
     if q.shape[2] != 1:
         return "it serves one query a row"
-    if not layout.full and (why := _unlisted(layout, kv.shape[1])) is not None:
+    if not layout.full and (why := _unlisted(q, kv, layout)) is not None:
         return why
     if want.mass or want.grad or want.softcap:
         return "it returns no mass, has no gradient and no softcap"
     return None
 
 
-def _unlisted(layout: Layout, groups: int) -> str | None:
+def _unlisted(q: Tensor, kv: PackedKV, layout: Layout) -> str | None:
     """Why it does not serve this layout of one query a row, which is not dense."""
-    if layout.has_rule:
-        return "it serves no sink, window or stride, only listed tiles or entries"
     if layout.diagonals is not None or layout.columns is not None:
-        return "it serves no diagonals and columns, only listed tiles or entries"
+        return "it serves no diagonals and columns, only a rule and listed tiles or entries"
     x = layout.entries if layout.tiles is None else layout.tiles
-    if x is None or (layout.tiles is not None and layout.entries is not None):
+    if layout.tiles is not None and layout.entries is not None:
         return "it serves either tiles or single entries"
-    if layout.num_blocks != 1 or x.shape[-1] == 0:
+    if layout.has_rule:
+        if (why := packed_rules.why_not(layout, kv)) is not None:
+            return why
+        if _lists(q, kv) is None:
+            if q.device.type == "cuda":  # whose lists are as long as the capacity
+                return "it serves a rule where a kernel serves lists, and there is none for these entries"
+            if packed_rules.reach(layout) > packed_rules.MOST:
+                return f"without a kernel it serves a rule that names up to {packed_rules.MOST:.0%} of all entries"
+    elif x is None:
+        return "it serves a rule, tiles or single entries"
+    if x is not None and (layout.num_blocks != 1 or x.shape[-1] == 0):
         return "it serves lists of one query, with a place for a tile or entry"
-    if x.shape[1] % groups and groups % x.shape[1]:
-        return f"it serves a list for several kv heads or for heads of one, not {x.shape[1]} lists for {groups} kv heads"
+    named, groups = (x, *(getattr(layout, name) for name in RULE_FIELDS)), kv.shape[1]
+    lists = math.lcm(*(t.shape[1] for t in named if t is not None))
+    if lists % groups and groups % lists:
+        return f"it serves a list for several kv heads or for heads of one, not {lists} lists for {groups} kv heads"
     return None
 
 
@@ -64,18 +79,20 @@ def forward(
     assert isinstance(kv, PackedKV) and kv.packed is not None
     bias, packed = visible(kv, layout), kv.packed
     if not layout.full:
-        if isinstance(packed, CodedPair) and (fused := _kernel(q)) is not None and fused.serves(q, packed):
-            from .triton import quantised_lists_launch
-
-            return *quantised_lists_launch.attend(q, kv, packed, layout, bias, scale, want.lse), None
-        return *_listed(q, kv, layout, bias, scale), None
+        kernels = _lists(q, kv)
+        rules = packed_rules if kernels is None else _kernel(q, "rule_lists")
+        assert rules is not None
+        parts = rules.listed(layout, kv) if layout.has_rule else [layout]
+        if kernels is None:
+            return *joined([_listed(q, kv, part, bias, scale) for part in parts]), None
+        lse = want.lse or len(parts) > 1
+        done = [kernels.attend(q, kv, packed, part, bias, scale, lse) for part in parts]
+        return *(done[0] if len(done) == 1 else joined(done)), None
     if isinstance(packed, Thinned):
-        out, lse = _thinned(q, kv, packed, bias, scale)
-        return out, lse, None
-    if (fused := _kernel(q)) is not None and fused.serves(q, packed):
-        return *fused.attend(q, kv, packed, bias, scale, want.lse), None
-    out, lse = _coded(q, kv, packed, bias, scale)
-    return out, lse, None
+        return *_thinned(q, kv, packed, bias, scale), None
+    if (codes := _kernel(q)) is not None and codes.serves(q, packed):
+        return *codes.attend(q, kv, packed, bias, scale, want.lse), None
+    return *_coded(q, kv, packed, bias, scale), None
 
 
 def visible(kv: KV, layout: Layout) -> Tensor | None:
@@ -88,14 +105,23 @@ def visible(kv: KV, layout: Layout) -> Tensor | None:
     return torch.where(ahead, float("-inf"), none)
 
 
-def _kernel(q: Tensor) -> ModuleType | None:
+def _lists(q: Tensor, kv: PackedKV) -> ModuleType | None:
+    """The kernel over lists of these entries, where it serves."""
+    coded = isinstance(kv.packed, CodedPair)
+    kernels = _kernel(q, "quantised_launch" if coded else "thinned_launch")
+    if kernels is None or not kernels.serves(q, kv.packed):
+        return None
+    return _kernel(q, "quantised_lists_launch") if coded else kernels
+
+
+def _kernel(q: Tensor, name: str = "quantised_launch") -> ModuleType | None:
+    """These launches, where there is a device for them."""
     if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return None
     try:
-        from .triton import quantised_launch
+        return importlib.import_module(f".triton.{name}", __package__)
     except ImportError:
         return None
-    return quantised_launch
 
 
 def _coded(q: Tensor, kv: KV, packed: CodedPair, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -119,7 +145,7 @@ def _coded(q: Tensor, kv: KV, packed: CodedPair, bias: Tensor | None, scale: flo
     if bias is not None:
         near = bias.gather(2, e.clamp(max=m - 1)[:, None].expand(b, g, width))
     parts.append(_dense(q, keys.at(e), values.at(e), length - late, near, scale))
-    return merge(parts)
+    return joined(parts)
 
 
 def _listed(q: Tensor, kv: PackedKV, layout: Layout, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -146,17 +172,19 @@ def _listed(q: Tensor, kv: PackedKV, layout: Layout, bias: Tensor | None, scale:
         weight = torch.zeros((), device=q.device) if bias is None else bias.gather(2, key).view(ok.shape)
         near = torch.where(ok, weight, float("-inf"))
         parts.append(_dense(q, k, v, torch.full((b,), ok.shape[2], device=q.device), near, scale))
-    return merge(parts)
+    return joined(parts)
 
 
 def _thinned(q: Tensor, kv: KV, packed: Thinned, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     b, h, _, d = q.shape
     g, m, few, t = kv.shape[1], kv.capacity, packed.few.shape[2], packed.tail.shape[2]
+    keys = packed.few if packed.wide is None else packed.wide
     x = q.view(b, g, h // g, d)
     thin = x.gather(3, packed.channels[:, :, None].expand(b, g, h // g, -1)).view(b, h, 1, -1)
+    thin = pad(thin, (0, keys.shape[3] - thin.shape[3]))
     length, done = kv.lengths()[:, 0], packed.done
     old = None if bias is None else bias[:, :, :few]
-    parts = [_dense(thin, packed.few, packed.v[:, :, :few], done, old, scale)]
+    parts = [_dense(thin, keys, packed.v[:, :, :few], done, old, scale)]
     if packed.even is not None:
         t = min(t, packed.v.shape[2] - packed.even)
     if t == 0:  # pruned to the last entry, and none is new
@@ -169,7 +197,7 @@ def _thinned(q: Tensor, kv: KV, packed: Thinned, bias: Tensor | None, scale: flo
         v = packed.v.gather(2, e[..., None].expand(b, g, t, packed.v.shape[3]))
         near = None if bias is None else bias.gather(2, e)
     parts.append(_dense(q, packed.tail[:, :, :t], v, length - done, near, scale))
-    return merge(parts)
+    return joined(parts)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, length: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

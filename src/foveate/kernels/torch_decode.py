@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..kv import KV
 from ..layout import Layout
-from .chunks import Rows
 from .flash import flash
+from .rows import Rows
 
 Result = tuple[Tensor, Tensor]
 

@@ -1,7 +1,7 @@
 """The `torch` backend: any layout, any storage, any device, in plain PyTorch, forward and backward.
 
-Memory beyond the result is bounded by the constants in `chunks.py`, whatever the layout. On the CPU gathered blocks go
-to PyTorch's own flash attention, which returns the lse and takes a mask; everything else is two batched products.
+Memory beyond the result is bounded by the constants in `chunks.py` and `rows.py`, whatever the layout. On the CPU gathered
+blocks go to PyTorch's own flash attention, which returns the lse and takes a mask; everything else is two batched products.
 Dense layouts and sinks with windows over dense storage are read in place, in slices.
 """
 
@@ -17,8 +17,9 @@ from ..kv import KV
 from ..layout import Layout
 from . import torch_decode
 from .base import Want
-from .chunks import Chunk, Rows, Segment, Work
+from .chunks import Chunk, Segment, Work
 from .flash import flash, serves
+from .rows import Rows
 
 NAME = "torch"
 BAND = 256  # query rows that share one slice of a static rule

@@ -31,9 +31,9 @@ class ACT(Method):
     instead of position 0, and breaks the row sum).
     """
 
-    beta: float = option(0.4, low=0, high=1)
-    theta: float = option(0.1, low=1e-4)
-    profile: str | None = option(None)
+    beta: float = option(0.4, low=0, high=1, help="share of its attention that a sink keeps")
+    theta: float = option(0.1, low=1e-4, help="mean attention above which a token is a sink")
+    profile: str | None = option(None, help="folder that `foveate calibrate` wrote")
 
     id: ClassVar[str] = "act"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")

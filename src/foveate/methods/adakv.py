@@ -27,14 +27,14 @@ class AdaKV(Voting):
     that its own best entries hold. The cache becomes ragged, so memory falls by what is dropped.
     """
 
-    window: int = option(32, low=1)
-    capacity: int = option(1024, low=2)
-    floor: float = option(0.2, low=0.0, high=1.0)
-    kernel: int = option(7, low=1)
-    pooling: str = option("max", choices=("avg", "max"))
-    reduce: str = option("mean", choices=("mean", "max", "sum"))
-    sink: int = option(4, low=0)
-    weigh: bool = option(False)
+    window: int = option(32, low=1, help="last prompt tokens, which vote and always stay")
+    capacity: int = option(1024, low=2, help="entries a kv head keeps, mean over the heads")
+    floor: float = option(0.2, low=0.0, high=1.0, help="part of the mean budget that every head gets")
+    kernel: int = option(7, low=1, help="neighbouring tokens pooled together, an odd number")
+    pooling: str = option("max", choices=("avg", "max"), help="how neighbouring scores are pooled: mean or maximum")
+    reduce: str = option("mean", choices=("mean", "max", "sum"), help="how query heads of a kv head are joined")
+    sink: int = option(4, low=0, help="first tokens of the text, always included")
+    weigh: bool = option(False, help="weigh a head's scores by the mass its best hold")
 
     id: ClassVar[str] = "adakv"
     roles: ClassVar[tuple[str, ...]] = ("cache",)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from ..layout import Layout
 from ..scores.entries import best_entries, best_tokens
 from ..scores.labels import Codes
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 from .search import Knob
 
 CODES = "adamas.codes"
@@ -31,11 +31,11 @@ class Adamas(Method):
     norm of a key is not part of its code, and weights of entries in an evicted cache do not change their rank.
     """
 
-    budget: int = option(128, low=1)
-    theta: float = option(10.0, low=0.0)
-    unit: str = option("absolute", choices=("absolute", "std"))
-    dense_layers: int = option(2, low=0)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    budget: int = option(128, low=1, help="tokens a query reads")
+    theta: float = option(10.0, low=0.0, help="threshold between codes, in the given unit")
+    unit: str = option("absolute", choices=("absolute", "std"), help="unit of theta: absolute or in standard deviations")
+    dense_layers: int = option(2, low=0, help="first layers, which stay dense")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "adamas"
     roles: ClassVar[tuple[str, ...]] = ("decode",)

@@ -14,8 +14,9 @@ from ..layout import Layout
 from ..profile import of
 from ..scores.stripes import anchors, stripes
 from ._allocation import own_lists
+from ._profiled import per_head
 from .anchor_attention_search import GRID, by_head
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 from .search import Knob, Search, Target
 
 
@@ -33,13 +34,13 @@ class AnchorAttention(Method):
     before a group), one softmax runs over all keys, and a last partial group is sparse too.
     """
 
-    theta: float = option(12.0)
-    block: int = option(128, low=16)
-    step: int = option(16, low=1)
-    init: int = option(1, low=1)
-    local: int = option(1, low=0)
-    profile: str | None = option(None)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    theta: float = option(12.0, help="how far below the anchor logits may be, natural log")
+    block: int = option(128, low=16, help="tokens of a block of queries or keys")
+    step: int = option(16, low=1, help="blocks of rows that share their keys")
+    init: int = option(1, low=1, help="first blocks of keys, always included")
+    local: int = option(1, low=0, help="blocks before a group of rows, always included")
+    profile: str | None = option(None, help="folder that `foveate calibrate` wrote")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "anchor_attention"
     roles: ClassVar[tuple[str, ...]] = ("prefill",)
@@ -98,15 +99,8 @@ class AnchorAttention(Method):
 
     def _theta(self, x: AttnInput, state: State) -> float | Tensor:
         """One for all heads, or those of this layer, fp32 `[H, 1]` on the device."""
-        if (found := of(self.id, self.profile)) is None:
-            return self.theta
-        key = f"anchor_attention.{self.profile}.{x.layer}"
-        if (held := state.run.get(key)) is None or held.device != x.device:
-            table, want = found.tensors["theta"], [x.layers, x.q.shape[1]]
-            if (have := list(table.shape)) != want:
-                raise ConfigError(f"anchor_attention: profile expected thetas [layers, heads] = {want}, got {have}")
-            held = state.run[key] = table[x.layer, :, None].to(x.device)
-        return held  # type: ignore[no-any-return]
+        held = per_head(self.id, self.profile, "theta", x, state)
+        return self.theta if held is None else held[:, None]
 
     def _near(self, first: int, end: int, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Numbers of the near key blocks of the groups first..end, those after a row's own included: `[1, 1, groups, T]`."""

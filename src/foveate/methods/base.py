@@ -27,6 +27,9 @@ from torch import Tensor
 from ..errors import CacheError, ConfigError, nearest
 from ..kv import KV
 from ..layout import Layout, Parts
+from ._options import check_type
+from ._options import option as option
+from ._options import shared as shared
 
 if TYPE_CHECKING:
     from .search import Knob, Search, Target
@@ -158,6 +161,12 @@ class AttnInput:
     def offset(self, block: int) -> int:
         """q_offset of this call's first row in a grid of `block` rows anchored at position 0."""
         return self.start % block
+
+    def positions(self) -> Tensor:
+        """int64 `[B, N]`, true positions of the query rows."""
+        if self.q_pos is not None:
+            return self.q_pos
+        return torch.arange(self.start, self.start + self.q.shape[2], device=self.device).expand(self.q.shape[0], -1)
 
     def dense(self) -> Layout:
         return Layout.dense(*self.shape, q_pos=self.layout_pos())
@@ -336,7 +345,7 @@ class Method:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            _check_type(self.id, f, value)
+            check_type(self.id, f, value)
             low, high = f.metadata.get("range", (None, None))
             inside = (low is None or value is None or value >= low) and (high is None or value is None or value <= high)
             if not inside or value != value:  # NaN compares to nothing, itself included
@@ -368,23 +377,3 @@ class Method:
         """`id:key=value,...` with every hyperparameter."""
         args = ",".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
         return f"{self.id}:{args}" if args else self.id
-
-
-def option(default: Any, low: float | None = None, high: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A hyperparameter: its published default and the values it may take. Given by keyword only."""
-    return field(default=default, kw_only=True, metadata={"range": (low, high), "choices": choices})
-
-
-def _check_type(owner: str, f: dataclasses.Field[Any], value: Any) -> None:
-    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
-    names = [part.strip() for part in str(f.type).split("|")]
-    if value is None and "None" in names:
-        return
-    for name in names:
-        want = kinds.get(name)
-        if want is None:
-            if name != "None":
-                return  # a type this check knows nothing about
-        elif isinstance(value, want) and (name == "bool" or not isinstance(value, bool)):  # type: ignore[arg-type]
-            return
-    raise ConfigError(f"{owner}: {f.name} expected {f.type}, got {value!r} ({type(value).__name__})")

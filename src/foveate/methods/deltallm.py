@@ -34,9 +34,9 @@ class DeltaLLM(Method):
     names no theta and window that hold for all models: 1.0 leaves out 50 to 70 % of the key elements of SmolLM2.
     """
 
-    theta: float = option(1.0, low=0)
-    window: int = option(128, low=1)
-    rotated: bool = option(True)
+    theta: float = option(1.0, low=0, help="least change of a key element that is stored")
+    window: int = option(128, low=1, help="newest keys whose logits are exact")
+    rotated: bool = option(True, help="differences of keys after rotation, not before")
 
     id: ClassVar[str] = "deltallm"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..layout import Layout
 from ..scores.entries import best_entries, best_tokens
 from ..scores.labels import Channels
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 from .double_sparsity_search import OutlierChannels
 from .search import Target
 
@@ -36,13 +36,13 @@ class DoubleSparsity(Method):
     tokens from host memory is not part of the method here.
     """
 
-    budget: int = option(1024, low=1)
-    group_factor: int = option(2, low=1)
-    bits: int = option(2, low=2, high=16)
-    channel: str = option("q", choices=("q", "k", "qk"))
-    dense_layers: int = option(2, low=0)
-    profile: str | None = option(None)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    budget: int = option(1024, low=1, help="tokens a query reads")
+    group_factor: int = option(2, low=1, help="key channels for each one that a label keeps")
+    bits: int = option(2, low=2, high=16, help="bits of a label's element; 16: not rounded")
+    channel: str = option("q", choices=("q", "k", "qk"), help="vectors whose size ranks the channels in calibration")
+    dense_layers: int = option(2, low=0, help="first layers, which stay dense")
+    profile: str | None = option(None, help="folder that `foveate calibrate` wrote")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "double_sparsity"
     roles: ClassVar[tuple[str, ...]] = ("decode",)

@@ -11,9 +11,9 @@ from torch import Tensor
 from .. import profile as profiles
 from ..errors import ConfigError, UnsupportedError
 from ..layout import Layout
-from ..scores.indexer import Indexer, IndexKeys, flat, scores
-from ..scores.keys import BUDGET, pieces
-from ..select import top_indices
+from ..scores.entries import best_entries
+from ..scores.indexer import Indexer, IndexKeys, flat
+from ..scores.keys import BUDGET, GPU_BUDGET, pieces
 from .base import AttnInput, Method, State, option
 
 KEYS, INDEXER = "dsa.keys", "dsa.indexer"
@@ -37,9 +37,9 @@ class DSA(Method):
     * budget bytes, and scores of all pairs are computed, some rows at a time.
     """
 
-    budget: int = option(2048, low=1)
-    fp8: bool = option(True)
-    profile: str | None = option(None)
+    budget: int = option(2048, low=1, help="tokens a query reads")
+    fp8: bool = option(True, help="round the indexer's queries and keys to e4m3")
+    profile: str | None = option(None, help="folder with the trained weights of the indexer")
 
     id: ClassVar[str] = "dsa"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")
@@ -72,9 +72,11 @@ class DSA(Method):
         keys = state.layer.setdefault(KEYS, IndexKeys())
         assert x.q_pos is not None
         with torch.no_grad():
+            if x.phase == "decode":
+                entries, count = best_entries(keys.rank(x, indexer, state.step), self.budget, length=x.kv.len)
+                return Layout(x.shape, q_pos=x.layout_pos(), entries=entries[:, :, None], entry_count=count[:, :, None])
             keys.update(x, indexer)
-            k, scale = keys.read(m)
-            entries, count = self._best(x, x.q_pos, indexer, k, scale)
+            entries, count = self._best(x, x.q_pos, indexer, keys, m)
         return Layout(
             x.shape,
             q_pos=x.layout_pos(),
@@ -82,19 +84,20 @@ class DSA(Method):
             entry_count=count[:, None],
         )
 
-    def _best(self, x: AttnInput, pos: Tensor, indexer: Indexer, k: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens of each row, int32 `[B, N, budget]`, ascending, and counts `[B, N]`; keys `[B, M, DI]`."""
+    def _best(self, x: AttnInput, pos: Tensor, indexer: Indexer, keys: IndexKeys, m: int) -> tuple[Tensor, Tensor]:
+        """Tokens of each row of a prompt, int32 `[B, N, budget]`, ascending, and counts `[B, N]`, of its m tokens."""
         assert x.rope is not None
-        (b, _, n, _), m = x.q.shape, k.shape[1]
-        number = torch.arange(m, device=x.device)
+        (b, h, n, d), kernels = x.q.shape, keys.twin(x, indexer)
         entries = torch.empty(b, n, self.budget, dtype=torch.int32, device=x.device)
         count = torch.empty(b, n, dtype=torch.int32, device=x.device)
-        for lo, hi in pieces(n, 4 * b * m, 4 * BUDGET):
+        size, budget = 4 * m, 4 * BUDGET  # what sorting scores in plain code takes
+        if kernels is not None:
+            size, budget = m + 4 * h * d + 8 * indexer.query[..., 0].numel(), GPU_BUDGET
+        for lo, hi in pieces(n, b * size, budget):
             at = pos[:, lo:hi]
             q, w = indexer.queries(flat(x.q[:, :, lo:hi], at, x.rope, indexer.query.shape[2]), at)
-            score = scores(q, w, k, scale)
-            seen, own = number <= at[..., None], number == at[..., None]
-            entries[:, lo:hi], count[:, lo:hi] = top_indices(score, self.budget, valid=seen, forced=own)
+            score = keys.score(q, w, at, m, kernels)
+            entries[:, lo:hi], count[:, lo:hi] = best_entries(score, self.budget, length=at + 1)
         return entries, count
 
     def _indexer(self, x: AttnInput, state: State) -> Indexer:

@@ -32,12 +32,12 @@ class DuoAttention(Method):
     its streaming heads and leaves the others to the other methods of the recipe.
     """
 
-    sparsity: float = option(0.5, low=0.0, high=1.0)
-    threshold: float | None = option(None, low=0.0, high=1.0)
-    sink: int = option(64, low=0)
-    window: int = option(256, low=1)
-    slack: int = option(128, low=1)
-    profile: str | None = None
+    sparsity: float = option(0.5, low=0.0, high=1.0, help="share of the kv heads that stream")
+    threshold: float | None = option(None, low=0.0, high=1.0, help="gate below which heads stream; none: by sparsity")
+    sink: int = option(64, low=0, help="first tokens a streaming head sees")
+    window: int = option(256, low=1, help="newest tokens a streaming head sees")
+    slack: int = option(128, low=1, help="decode steps from one eviction to the next")
+    profile: str | None = option(None, help="folder that `foveate calibrate` wrote")
 
     id: ClassVar[str] = "duo_attention"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode", "cache", "heads")
@@ -70,7 +70,8 @@ class DuoAttention(Method):
         sink: int | Tensor = self.sink
         window: int | Tensor = self.window
         if count < len(streaming):  # numbers need no copy to the device
-            mine = self.owns(x, state)
+            # One number a kv head lets a step's kernels read each key once for its query heads.
+            mine = self._mask(x, state) if x.phase == "decode" else self.owns(x, state)
             sink, window = torch.where(mine, self.sink, 0), torch.where(mine, self.window, NO_LIMIT)
         return Layout.static(
             x.shape,

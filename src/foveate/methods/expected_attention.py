@@ -31,13 +31,13 @@ class ExpectedAttention(Method):
     Needs the model's rotation (`x.rope`): UnsupportedError when the adapter has none.
     """
 
-    capacity: int | None = option(None, low=1)
-    ratio: float = option(0.5, low=0.0, high=1.0)
-    future: int = option(512, low=1)
-    sink: int = option(4, low=0)
-    covariance: bool = option(True)
-    value_norm: bool = option(True)
-    eps: float = option(0.0, low=0.0)
+    capacity: int | None = option(None, low=1, help="entries a kv head keeps; none: by ratio")
+    ratio: float = option(0.5, low=0.0, high=1.0, help="fraction of the entries that is dropped")
+    future: int = option(512, low=1, help="next positions that queries are expected at")
+    sink: int = option(4, low=0, help="first tokens of the text, always included")
+    covariance: bool = option(True, help="count the covariance of queries, not only their mean")
+    value_norm: bool = option(True, help="multiply scores by the norm of the value")
+    eps: float = option(0.0, low=0.0, help="added to an expected probability before the value norm")
 
     id: ClassVar[str] = "expected_attention"
     roles: ClassVar[tuple[str, ...]] = ("cache",)

@@ -36,13 +36,13 @@ class H2O(Method):
     out, and need no kernel that returns probabilities. A rollback where nothing was evicted forgets the sums.
     """
 
-    heavy: int | None = option(None, low=0)
-    recent: int | None = option(None, low=1)
-    heavy_ratio: float = option(0.1, low=0.0, high=1.0)
-    recent_ratio: float = option(0.1, low=0.0, high=1.0)
-    slack: int = option(64, low=1)
-    norm: str = option("sum", choices=("sum", "mean"))
-    reduce: str = option("mean", choices=("mean", "max", "sum"))
+    heavy: int | None = option(None, low=0, help="entries kept for their attention; none: by heavy_ratio")
+    recent: int | None = option(None, low=1, help="newest entries kept; none: by recent_ratio")
+    heavy_ratio: float = option(0.1, low=0.0, high=1.0, help="heavy entries as a fraction of the prompt")
+    recent_ratio: float = option(0.1, low=0.0, high=1.0, help="recent entries as a fraction of the prompt")
+    slack: int = option(64, low=1, help="decode steps from one eviction to the next")
+    norm: str = option("sum", choices=("sum", "mean"), help="sum of an entry's probabilities, or mean over its queries")
+    reduce: str = option("mean", choices=("mean", "max", "sum"), help="how query heads of a kv head are joined")
 
     id: ClassVar[str] = "h2o"
     roles: ClassVar[tuple[str, ...]] = ("cache",)

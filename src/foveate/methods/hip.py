@@ -14,7 +14,7 @@ from ..lists import compact, repeat_heads, sort_unique
 from ..reuse import Refresh
 from ..scores.keys import BUDGET, GPU_BUDGET, pieces
 from ..scores.tree import REPRESENTATIVES, Stage, depth, descend, descend_rows, prune
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 
 LIST = "hip.list"
 
@@ -43,18 +43,18 @@ class HiP(Method):
     of both, and an evicted cache, whose entries need not stand in order, is searched whole and anew in every step.
     """
 
-    k: int = option(512, low=1)
-    block_q: int = option(64, low=1)
-    block_k: int = option(2, low=1)
-    stride: int = option(2, low=1)
-    sink: int = option(16, low=0)
-    window: int = option(256, low=1)
-    refresh: int = option(8, low=1)
-    dense_layers: int = option(3, low=0)
-    tile: int | None = option(None, low=1)
-    representative: str = option("center", choices=REPRESENTATIVES)
-    stages: str | None = option(None)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    k: int = option(512, low=1, help="keys that a search finds for a query block")
+    block_q: int = option(64, low=1, help="queries of a block")
+    block_k: int = option(2, low=1, help="keys of a block")
+    stride: int = option(2, low=1, help="every so many-th query of a block judges")
+    sink: int = option(16, low=0, help="first tokens of the text, always included")
+    window: int = option(256, low=1, help="newest tokens, always included")
+    refresh: int = option(8, low=1, help="decode steps that one list serves")
+    dense_layers: int = option(3, low=0, help="first layers, which stay dense")
+    tile: int | None = option(None, low=1, help="keys of the tiles read; none: blocks as they are")
+    representative: str = option("center", choices=REPRESENTATIVES, help="key block that stands for a half in the search")
+    stages: str | None = option(None, help="stages of the search of version 1.2; none: version 1.1")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "hip"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")

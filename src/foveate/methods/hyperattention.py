@@ -72,12 +72,12 @@ class HyperAttention(Method):
     at every halving, which moves the cuts by a few tokens.
     """
 
-    block: int = option(256, low=1)
-    samples: int = option(256, low=0)
-    planes: int = option(7, low=1, high=16)
-    min_seq_len: int = option(4096, low=1)
-    dense_layers: int = option(0, low=0)
-    seed: int = option(0, low=0, high=(1 << 32) - 1)
+    block: int = option(256, low=1, help="tokens of a block, once sorted")
+    samples: int = option(256, low=0, help="sampled keys that stand for all others")
+    planes: int = option(7, low=1, high=16, help="random hyperplanes of the hash")
+    min_seq_len: int = option(4096, low=1, help="most tokens of a piece that is exact")
+    dense_layers: int = option(0, low=0, help="first layers, which stay dense")
+    seed: int = option(0, low=0, high=(1 << 32) - 1, help="seed of the hyperplanes and the samples")
 
     id: ClassVar[str] = "hyperattention"
     roles: ClassVar[tuple[str, ...]] = ("prefill",)

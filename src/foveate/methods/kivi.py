@@ -21,14 +21,14 @@ class KIVI(Method):
     precision and is quantised when it is over (`compress_at="chunk"`: after each of its chunks, which lowers the peak).
     2 bits, the published default, are meant for models with as many kv heads as query heads; with shared kv heads take
     4. Each group adds two numbers of the cache's own dtype, 1 bit a value for fp16 at group 32. Dense decode steps, and
-    steps over listed pages or entries, read the codes themselves (one kernel on a GPU, pieces on a CPU); prompts, and
-    methods that score raw keys, read a dequantised copy of one layer.
+    steps over listed pages or entries or under a rule, read the codes themselves (one kernel on a GPU, pieces on a CPU);
+    prompts, and methods that score raw keys, read a dequantised copy of one layer.
     """
 
-    bits: int = option(2, low=2, high=16)
-    value_bits: int | None = option(None, low=2, high=16)
-    group: int = option(32, low=1)
-    residual: int = option(128, low=1)
+    bits: int = option(2, low=2, high=16, help="bits of a stored key element; 16: not quantised")
+    value_bits: int | None = option(None, low=2, high=16, help="bits of a stored value element; none: as bits")
+    group: int = option(32, low=1, help="elements that share one scale")
+    residual: int = option(128, low=1, help="newest tokens in full precision")
 
     id: ClassVar[str] = "kivi"
     roles: ClassVar[tuple[str, ...]] = ("cache",)

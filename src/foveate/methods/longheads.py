@@ -23,7 +23,7 @@ from ..scores.raw_keys import raw_queries
 from ..scores.rotation import moved
 from ..scores.turns import Turns
 from ..select import top_indices
-from .base import AttnInput, Method, Rope, State, option
+from .base import AttnInput, Method, Rope, State, option, shared
 
 KEYS, TURNS = "longheads.keys", "longheads.turns"
 Asked = tuple[Tensor, Tensor]  # queries before rotation, fp32 [B, H, 1, D]; chunks up to the query's own, int32 [B, 1]
@@ -47,11 +47,11 @@ class LongHeads(Method):
     two prompts or rolled back by more than a chunk, have the mean of their keys instead.
     """
 
-    chunk: int = option(256, low=1)
-    attention: int = option(4096, low=3)
-    block: int = option(128, low=1)
-    positions: str = option("rank", choices=("rank", "text"))
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    chunk: int = option(256, low=1, help="tokens of a chunk")
+    attention: int = option(4096, low=3, help="tokens a query reads, the length the model knows")
+    block: int = option(128, low=1, help="prompt rows that share a list")
+    positions: str = option("rank", choices=("rank", "text"), help="positions counted inside the list, or those of the text")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "longheads"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")
@@ -136,7 +136,7 @@ class LongHeads(Method):
         kernels, asked = fused.chunks(x.q), []
         assert kernels is not None
         how = turns.plain(), self._ahead(x, turns), turns.partner
-        held.step(x, skip, lambda recent, at: asked.append(kernels.turn_queries(x.q, _pos(x), *how, recent, at)))
+        held.step(x, skip, lambda recent, at: asked.append(kernels.turn_queries(x.q, x.positions(), *how, recent, at)))
         return held, asked[0]
 
     def _turns(self, x: AttnInput, state: State) -> Turns | None:
@@ -146,13 +146,13 @@ class LongHeads(Method):
     def _ahead(self, x: AttnInput, turns: Turns) -> tuple[Tensor, Tensor]:
         """Factors `[B, chunks, D]` that turn this step's queries to their place in their chunk, plus 0, 1, .. chunks."""
         chunks = -(-x.kv.capacity // self.chunk)
-        return turns.to("chunks", lambda: torch.arange(chunks, device=x.device) * self.chunk + _pos(x) % self.chunk)
+        return turns.to("chunks", lambda: torch.arange(chunks, device=x.device) * self.chunk + x.positions() % self.chunk)
 
     def _prompt(self, x: AttnInput, keys: ChunkKeys) -> Layout:
         rope, (_, h, n, d), block = _rope(x), x.q.shape, self.block
         offset, per = x.offset(block), self.chunk // block
         first, blocks, chunks = x.start // block, -(-(n + offset) // block), -(-(x.start + n) // self.chunk)
-        tiles, counts, pos = [], [], _pos(x)
+        tiles, counts, pos = [], [], x.positions()
         for lo, hi in pieces(blocks, h * (6 * chunks + 6 * block * d), BUDGET if x.device.type == "cpu" else GPU_BUDGET):
             r0, r1 = max(0, lo * block - offset), min(n, hi * block - offset)
             mean = block_pool(raw_queries(x.q[:, :, r0:r1], rope, pos[:, r0:r1]), block, offset=offset if lo == 0 else 0)
@@ -167,8 +167,8 @@ class LongHeads(Method):
             return None
         chunks = -(-x.kv.capacity // self.chunk)
         if asked is None:
-            own = _pos(x)[:, None] // self.chunk  # [B, 1, 1]
-            tiles, count = self._best(raw_queries(x.q, _rope(x), _pos(x)), keys, own, chunks, x.groups)
+            own = x.positions()[:, None] // self.chunk  # [B, 1, 1]
+            tiles, count = self._best(raw_queries(x.q, _rope(x), x.positions()), keys, own, chunks, x.groups)
             return self._layout(x, tiles, count)
         query, have = asked
         kernels = fused.votes(x.q)
@@ -217,7 +217,7 @@ class LongHeads(Method):
         is from the end. Memory: a copy of the keys and a few of the queries.
         """
         assert plan.tiles is not None and plan.tile_count is not None
-        rope, pos = _rope(x), _pos(x)
+        rope, pos = _rope(x), x.positions()
         kv = x.kv.to_dense()
         at = torch.arange(kv.capacity, device=x.device)[None]
         kv = replace(kv, k=moved(kv.k, rope, at, at % self.chunk))
@@ -249,7 +249,7 @@ class LongHeads(Method):
     def _joined(self, x: AttnInput, plan: Layout, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """A decode step: the chosen chunks are gathered and rotated at their new positions."""
         assert plan.tiles is not None and plan.tile_count is not None
-        rope, pos, (b, h) = _rope(x), _pos(x), x.q.shape[:2]
+        rope, pos, (b, h) = _rope(x), x.positions(), x.q.shape[:2]
         tiles, count, heads = plan.tiles[:, :, 0].long(), plan.tile_count[:, :, 0].long(), plan.tiles.shape[1]
         entries = (tiles[..., None] + torch.arange(self.chunk, device=x.device)).flatten(2)  # [B, Hl, keep * chunk]
         entries = torch.minimum(entries, pos[:, None])
@@ -263,13 +263,6 @@ class LongHeads(Method):
         kv = KV.dense(k, v, len=length.to(torch.int32))
         q = moved(x.q, rope, pos, length[:, :1] - 1)
         return attend(q, kv, Layout.dense(b, h, 1, kv.capacity), **how)  # type: ignore[return-value]
-
-
-def _pos(x: AttnInput) -> Tensor:
-    """int64 `[B, N]`, true positions of the query rows."""
-    if x.q_pos is not None:
-        return x.q_pos
-    return torch.arange(x.start, x.start + x.q.shape[2], device=x.device).expand(x.q.shape[0], -1)
 
 
 def _rope(x: AttnInput) -> Rope:

@@ -17,7 +17,7 @@ from ..reuse import Held, Refresh
 from ..scores import fused
 from ..scores.bounds import Bounds
 from ..select import top_indices
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 from .duo_attention import lowest
 from .search import Knob
 
@@ -41,17 +41,17 @@ class LServe(Method):
     window; the int8 or int4 cache of the paper is a matter of storage and not part of the method.
     """
 
-    sparsity: float = option(0.5, low=0.0, high=1.0)
-    page: int = option(64, low=1)
-    logical: int = option(16, low=1)
-    budget: int = option(4096, low=1)
-    refresh: int = option(4, low=1)
-    sink: int = option(128, low=0)
-    window: int = option(256, low=1)
-    prefill_window: int = option(8192, low=1)
-    profile: str | None = option(None)
-    assign: str = option("gates", choices=("gates", "even"))
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    sparsity: float = option(0.5, low=0.0, high=1.0, help="share of the kv heads that stream")
+    page: int = option(64, low=1, help="tokens of a page")
+    logical: int = option(16, low=1, help="tokens of the small pages that have bounds")
+    budget: int = option(4096, low=1, help="tokens a query reads in heads that do not stream")
+    refresh: int = option(4, low=1, help="decode steps that one list serves")
+    sink: int = option(128, low=0, help="first tokens a streaming head sees")
+    window: int = option(256, low=1, help="newest tokens a streaming head sees in decode")
+    prefill_window: int = option(8192, low=1, help="newest tokens a streaming head sees in a prompt")
+    profile: str | None = option(None, help="folder that `foveate calibrate duo_attention` wrote")
+    assign: str = option("gates", choices=("gates", "even"), help="streaming heads by their gates, or evenly spread")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "lserve"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")

@@ -13,7 +13,7 @@ from ..layout import Layout, Part, Parts
 from ..scores.pooled import block_pool, pool_keys, top_blocks
 from ..scores.probes import factored, last_queries, vote
 from ._allocation import own_lists
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 from .minference_search import KernelAware, by_head
 from .search import Search, Target
 
@@ -48,18 +48,18 @@ class MInference(Method):
     Layers below `starting_layer` stay dense.
     """
 
-    pattern: str = option("vertical_slash", choices=PATTERNS)
-    columns: int = option(1000, low=0)
-    diagonals: int = option(6096, low=0)
-    sink: int = option(30, low=0)
-    local: int = option(100, low=1)
-    last_q: int = option(64, low=1)
-    init: int = option(1024, low=0)
-    recent: int = option(4096, low=1)
-    blocks: int = option(100, low=1)
-    starting_layer: int = option(0, low=0)
-    profile: Profile | str | None = None
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    pattern: str = option("vertical_slash", choices=PATTERNS, help="pattern of all heads that no profile names")
+    columns: int = option(1000, low=0, help="key columns a head reads (vertical_slash)")
+    diagonals: int = option(6096, low=0, help="distances a head reads (vertical_slash)")
+    sink: int = option(30, low=0, help="first tokens of the text, always included")
+    local: int = option(100, low=1, help="nearest distances, always included")
+    last_q: int = option(64, low=1, help="last queries of the prompt, which vote")
+    init: int = option(1024, low=0, help="first keys a query sees (a_shape)")
+    recent: int = option(4096, low=1, help="newest keys a query sees (a_shape)")
+    blocks: int = option(100, low=1, help="key blocks that 64 rows read (block_sparse)")
+    starting_layer: int = option(0, low=0, help="first layers, which stay dense")
+    profile: Profile | str | None = option(None, help="folder that `foveate calibrate` wrote, or a table")  # noqa: RUF009
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "minference"
     roles: ClassVar[tuple[str, ...]] = ("prefill",)

@@ -13,7 +13,7 @@ from .. import profile as profiles
 from ..errors import ConfigError
 from ..layout import Layout
 from ..lists import compact, trim
-from .base import AttnInput, Method, Selection, State, option
+from .base import AttnInput, Method, Selection, State, option, shared
 
 if TYPE_CHECKING:
     from .moa_search import Spans
@@ -38,15 +38,15 @@ class MoA(Method):
     windows. `alpha_step`, `betas` and `rules` (distinct rules of a layer) bound what the search considers.
     """
 
-    profile: str | None = option(None)
-    density: float = option(0.5, low=0, high=1)
-    sink: int = option(64, low=0)
-    block: int = option(64, low=1)
-    slack: int = option(64, low=1)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
-    alpha_step: int = option(1024, low=1)
-    betas: int = option(9, low=2)
-    rules: int = option(2, low=1, high=2)
+    profile: str | None = option(None, help="folder that `foveate calibrate` wrote")
+    density: float = option(0.5, low=0, high=1, help="share of the causal pairs computed without a profile")
+    sink: int = option(64, low=0, help="first tokens of the text, always included")
+    block: int = option(64, low=1, help="fewest newest tokens a head sees")
+    slack: int = option(64, low=1, help="decode steps from one eviction to the next")
+    share: str = shared()  # type: ignore[misc]
+    alpha_step: int = option(1024, low=1, help="tokens between the alphas that the search tries")
+    betas: int = option(9, low=2, help="values of beta that the search tries")
+    rules: int = option(2, low=1, high=2, help="different rules in a layer, at most, in the search")
 
     id: ClassVar[str] = "moa"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode", "cache")

@@ -13,6 +13,7 @@ from ..kv import KV
 from ..layout import Layout
 from ..lists import compact
 from ..scores import fused
+from ..scores.entries import best_entries
 from ..scores.observed import best, step_mass
 from ..scores.window import group_reduce, window_mass
 from ..select import top_k
@@ -40,12 +41,12 @@ class PillarAttn(Method):
     the set and the one that uses it, from one verification to the next.
     """
 
-    draft: int = option(8, low=1)
-    ratio: float = option(0.05, low=0.0, high=1.0)
-    least: int = option(128, low=1)
-    rows: int | None = option(None, low=1)
-    warm: bool = option(False)
-    dense_layers: int = option(0, low=0)
+    draft: int = option(8, low=1, help="decode steps that one set serves")
+    ratio: float = option(0.05, low=0.0, high=1.0, help="fraction of the tokens that a query reads")
+    least: int = option(128, low=1, help="fewest tokens a query reads")
+    rows: int | None = option(None, low=1, help="queries of a pass that scores; none: draft + 1")
+    warm: bool = option(False, help="take scores from prompts too")
+    dense_layers: int = option(0, low=0, help="first layers, which stay dense")
 
     id: ClassVar[str] = "pillar_attn"
     roles: ClassVar[tuple[str, ...]] = ("decode",)
@@ -82,7 +83,8 @@ class PillarAttn(Method):
         assert x.q_pos is not None
         n = min(n, self.window)
         at = x.q_pos[:, -n:]
-        score = mean_mass(x.q[:, :, -n:], x.kv, at, scale=x.scale, softcap=x.softcap)
+        known = None if lse is None else lse[:, :, -n:]  # of a verification inside a graph
+        score = mean_mass(x.q[:, :, -n:], x.kv, at, scale=x.scale, softcap=x.softcap, lse=known)
         state.layer[SEEN] = Seen(at[:, :1], n - 1, score=score).into(old)
 
     def plan(self, x: AttnInput, state: State) -> Layout | None:
@@ -146,18 +148,24 @@ class PillarAttn(Method):
         """The best entries before position `first` `[B, 1]`: as many as the budget leaves beside the tokens from `first`
         on. Both go by the cache as it was `ago` tokens earlier, right after the pass."""
         assert x.q_pos is not None
-        length = x.q_pos[:, -1:] + 1 - ago  # [B, 1], text positions: the recent part counts tokens, kept or not
-        budget = (self.ratio * (x.kv.lengths() - ago).double() - 1e-9).ceil().long().clamp(min=self.least)
-        k = (budget - (length - first)).clamp(min=0)  # [B, G]
         most = max(self.least, int(self.ratio * x.kv.capacity) + 1)
-        if x.kv.pos is None and x.kv.bias is None:  # each head takes as many of the best as it may
-            entries, rank, there = best(score, most, length=first)
-            slots, count = compact(
-                (rank < k[..., None]) & (torch.arange(rank.shape[-1], device=k.device) < there[..., None])
-            )
-            index = entries.gather(-1, slots.long())
+        plain = x.kv.pos is None and x.kv.bias is None  # each head takes as many of the best as it may
+        if plain and (kernels := fused.kept(x.q)) is not None and most <= kernels.HELD:
+            entries, there = best_entries(score, most, length=first, recent=0)
+            how: dict[str, Any] = dict(ago=ago, ratio=self.ratio, least=self.least, capacity=x.kv.capacity)
+            index, count = kernels.strongest(entries, there, score, first[:, 0], x.kv.len, x.q_pos[:, -1:], **how)
         else:
-            index, count = compact(top_k(score, k, valid=x.kv.exists() & (x.kv.positions() < first[..., None])))
+            length = x.q_pos[:, -1:] + 1 - ago  # [B, 1], text positions: the recent part counts tokens, kept or not
+            budget = (self.ratio * (x.kv.lengths() - ago).double() - 1e-9).ceil().long().clamp(min=self.least)
+            k = (budget - (length - first)).clamp(min=0)  # [B, G]
+            if plain:
+                entries, rank, there = best(score, most, length=first)
+                slots, count = compact(
+                    (rank < k[..., None]) & (torch.arange(rank.shape[-1], device=k.device) < there[..., None])
+                )
+                index = entries.gather(-1, slots.long())
+            else:
+                index, count = compact(top_k(score, k, valid=x.kv.exists() & (x.kv.positions() < first[..., None])))
         held = Held(first.clone(), above, since, index=index[..., :most].contiguous(), count=count)
         old = state.layer.get(HELD)
         held.sure, held.draft, held.passes = above, self.draft, _names([row.get(SEEN) for row in state.rows])
@@ -170,14 +178,20 @@ class PillarAttn(Method):
         return held
 
 
-def mean_mass(q: Tensor, kv: KV, q_pos: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
+def mean_mass(
+    q: Tensor, kv: KV, q_pos: Tensor, *, scale: float, softcap: float | None = None, lse: Tensor | None = None
+) -> Tensor:
     """Mean probability of each entry over the query heads of its kv head and the rows that can see it: fp32 `[B, G, M]`.
 
-    q `[B, H, N, D]` at text positions q_pos int `[B, N]`. An entry no row sees has 0.
+    q `[B, H, N, D]` at text positions q_pos int `[B, N]`. An entry no row sees has 0. lse `[B, H, N]`, where attention has
+    returned it: on a GPU one kernel then reads the keys once.
     """
+    if lse is not None and (kernels := fused.few(q)) is not None and kernels.reads(q, kv):
+        found: Tensor = kernels.mean_mass(q, kv, q_pos, lse, scale=scale, softcap=softcap)
+        return found
     if q.shape[2] == 1:  # it sees all there is
         return step_mass(q, kv, q_pos, "mean", scale=scale, softcap=softcap)
-    mass = group_reduce(window_mass(q, kv, q_pos, scale=scale, softcap=softcap), kv.shape[1], "mean")
+    mass = group_reduce(window_mass(q, kv, q_pos, scale=scale, softcap=softcap, lse=lse), kv.shape[1], "mean")
     last = q_pos[:, -1:, None] + 1  # rows stand at consecutive positions
     return mass / (last - kv.positions()).clamp(1, q.shape[2])
 

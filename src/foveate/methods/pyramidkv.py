@@ -25,13 +25,13 @@ class PyramidKV(Voting):
     flat budget for prompts below twice the capacity; here the total is exact and the line holds for every length.
     """
 
-    window: int = option(8, low=1)
-    capacity: int = option(2048, low=2)
-    beta: float = option(20.0, low=1.0)
-    kernel: int = option(7, low=1)
-    pooling: str = option("max", choices=("avg", "max"))
-    reduce: str = option("mean", choices=("mean", "max", "sum"))
-    sink: int = option(4, low=0)
+    window: int = option(8, low=1, help="last prompt tokens, which vote and always stay")
+    capacity: int = option(2048, low=2, help="entries a kv head keeps, mean over the layers")
+    beta: float = option(20.0, low=1.0, help="mean budget divided by that of the last layer")
+    kernel: int = option(7, low=1, help="neighbouring tokens pooled together, an odd number")
+    pooling: str = option("max", choices=("avg", "max"), help="how neighbouring scores are pooled: mean or maximum")
+    reduce: str = option("mean", choices=("mean", "max", "sum"), help="how query heads of a kv head are joined")
+    sink: int = option(4, low=0, help="first tokens of the text, always included")
 
     id: ClassVar[str] = "pyramidkv"
     roles: ClassVar[tuple[str, ...]] = ("cache",)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from ..layout import Layout
 from ..scores.bounds import Bounds
 from ..select import top_indices
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 from .search import Knob
 
 
@@ -25,10 +25,10 @@ class Quest(Method):
     that share a kv head, so that keys are read once. The first `dense_layers` layers stay dense.
     """
 
-    page: int = option(16, low=1)
-    budget: int = option(2048, low=1)
-    dense_layers: int = option(2, low=0)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    page: int = option(16, low=1, help="tokens of a page")
+    budget: int = option(2048, low=1, help="tokens a query reads")
+    dense_layers: int = option(2, low=0, help="first layers, which stay dense")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "quest"
     roles: ClassVar[tuple[str, ...]] = ("decode",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +12,10 @@ from .. import profile as profiles
 from ..errors import ConfigError, UnsupportedError
 from ..kv import KV
 from ..layout import Layout, Part, Parts
-from ..scores.dual_chunk import Choice, Chunks, Lists, by_regions, cut, only, probe, ranges
-from ..scores.probes import vote
+from ..scores.dual_chunk import Choice, Chunks, Lists, by_regions, cut, only, probes, ranges
+from ..scores.probes import factored, last_queries, vote
 from ..scores.rotation import moved
-from .base import AttnInput, Method, Rope, State, option
+from .base import AttnInput, Method, Rope, State, option, shared
 
 TRIVIAL = 30  # the smallest published number of columns: no more than the sink, so 100 are added
 
@@ -35,25 +35,25 @@ class Qwen1M(Method):
     refinement (`search`) found: both sizes grow by `step` until a head's recall meets the target. Decode is dense.
 
     Differs from the published code: f follows each row's own length instead of the prompt's, so chunked prefill and
-    decode agree with the whole prompt; distances become tiles of a grid aligned to the chunks, a few more keys than
-    unaligned ones (up to twice for a lone distance); empty lists stay empty. `share` "group" lets the heads of a kv
-    head vote together.
+    decode agree with the whole prompt; beyond one chunk distances become tiles of a grid aligned to the chunks, a few
+    more keys than the published unaligned ones (up to twice for a lone distance), while up to one chunk they are those,
+    as in `minference`; empty lists stay empty. `share` "group" lets the heads of a kv head vote together.
     """
 
-    chunk: int = option(8192, low=2)
-    local: int = option(1024, low=1)
-    threshold: int = option(32768, low=0)
-    sparse: bool = option(True)
-    columns: int = option(1000, low=0)
-    diagonals: int = option(6096, low=0)
-    sink: int = option(30, low=1)
-    near: int = option(100, low=1)
-    last_q: int = option(64, low=1)
-    block: int = option(64, low=1)
-    original: int | None = option(None, low=1)
-    step: int = option(2048, low=1)
-    profile: str | None = option(None)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    chunk: int = option(8192, low=2, help="largest distance in tokens; chunks are local tokens shorter")
+    local: int = option(1024, low=1, help="tokens over a chunk boundary with true distances")
+    threshold: int = option(32768, low=0, help="longest prompt that computes all pairs, in tokens")
+    sparse: bool = option(True, help="leave out pairs of longer prompts")
+    columns: int = option(1000, low=0, help="key columns a head reads in a chunk")
+    diagonals: int = option(6096, low=0, help="distances a head reads in a chunk")
+    sink: int = option(30, low=1, help="first tokens of the text, always included")
+    near: int = option(100, low=1, help="nearest distances, always included")
+    last_q: int = option(64, low=1, help="last queries of a chunk, which vote")
+    block: int = option(64, low=1, help="tokens of a block of queries or keys")
+    original: int | None = option(None, low=1, help="trained length in tokens, beyond which logits grow; none: never")
+    step: int = option(2048, low=1, help="how much the search adds to both sizes")
+    profile: str | None = option(None, help="folder that `foveate calibrate` wrote")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "qwen1m"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")
@@ -95,23 +95,24 @@ class Qwen1M(Method):
         if m <= grid.exact and not sparse:
             return Parts((Part(x.dense(), q=self._tempered(x)),)) if warm else None
         q = self._tempered(x) if warm else x.q
+        if sparse and m <= grid.length:
+            layout = self._one_chunk(x, q)
+            return Parts((Part(layout, q=q),)) if warm else layout
         last = (m - 1) // grid.length  # chunk of the newest row
-        far = None  # the keys of all chunks that some row sees as far ones; the probe needs memory for those after them
-        if last >= 2:
-            whole = grid.far(x.kv, m if sparse else (last - 1) * grid.length, _rope(x))
-            far = cut(whole, 0, (last - 1) * grid.length)
+        # The keys of all chunks that some row sees as far ones.
+        far = grid.far(x.kv, (last - 1) * grid.length, _rope(x)) if last >= 2 else None
         first, blocks = x.start // self.block, -(-m // self.block) - x.start // self.block
         if sparse:
-            found = self._selected(x, q, whole if last >= 2 else None)
+            found = self._selected(x, q, far)
         else:
             found = ranges(first, blocks, self.block, grid.length, x.device)
         parts = [Part(self._layout(x, found["intra"]), q=q if warm else None)]
         if last >= 1:
             moves = m > grid.exact
-            query = moved(q, _rope(x), _pos(x), grid.succ(_pos(x))) if moves else q
+            query = moved(q, _rope(x), x.positions(), grid.succ(x.positions())) if moves else q
             parts.append(Part(self._layout(x, found["succ"]), q=query if moves or warm else None))
         if far is not None:
-            query = moved(q, _rope(x), _pos(x), torch.full_like(_pos(x), grid.inter))
+            query = moved(q, _rope(x), x.positions(), torch.full_like(x.positions(), grid.inter))
             parts.append(Part(self._layout(x, found["inter"], far), q=query, kv=far))
         return parts[0].layout if len(parts) == 1 and not warm else Parts(tuple(parts))
 
@@ -123,26 +124,24 @@ class Qwen1M(Method):
     # ------------------------------------------------------------------ prefill
     def _selected(self, x: AttnInput, q: Tensor, far: KV | None) -> dict[str, Lists]:
         """Lists of the three regions for all query blocks, chunk by chunk of queries."""
-        length, n = self.grid.length, x.q.shape[2]
-        flat, columns, diagonals = x.kv.to_dense(), *self._sizes(x)
-        chosen: list[Choice] = []
-        for number in range(x.start // length, (x.start + n - 1) // length + 1):
-            a, z = max(0, number * length - x.start), min(n, (number + 1) * length - x.start)
-            end, rows = x.start + z, slice(max(a, z - self.last_q), z)
-            seen = probe(
-                q[:, :, rows],
-                _pos(x)[:, rows],
-                cut(flat, 0, end),
-                far if number >= 2 else None,
-                self.grid,
-                x.rope,
-                scale=x.scale,
-                softcap=x.softcap,
-                reduce="max" if self.share == "group" else "none",
-            )
-            chosen.append(vote(seen, end, columns, diagonals, sink=self.sink, local=self.near))
+        n, kv, (columns, diagonals) = x.q.shape[2], x.kv.to_dense(), self._sizes(x)
+        seen = probes(q, x.positions(), kv, far, self.grid, x.rope, x.start, self.last_q, **self._probing(x))
+        chosen: list[Choice] = [vote(each, end, columns, diagonals, sink=self.sink, local=self.near) for end, each in seen]
         first = x.start // self.block
-        return by_regions(chosen, first, -(-(x.start + n) // self.block) - first, self.block, length)
+        return by_regions(chosen, first, -(-(x.start + n) // self.block) - first, self.block, self.grid.length)
+
+    def _one_chunk(self, x: AttnInput, q: Tensor) -> Layout:
+        """Where all positions are the true ones and every row has one vote, the vote itself is the layout."""
+        m = x.start + x.q.shape[2]
+        seen = last_queries(q, cut(x.kv.to_dense(), 0, m), self.last_q, **self._probing(x))
+        chosen = vote(seen, m, *self._sizes(x), sink=self.sink, local=self.near)
+        grid: dict[str, Any] = dict(block_q=self.block, tile_width=self.block, q_offset=x.offset(self.block))
+        layout, most = factored(x.shape, chosen, q_pos=x.layout_pos(), **grid), 2 * (m // self.block + 2)
+        assert layout.diagonals is not None  # cut to the most tiles there can be: a run of distances is at least as long
+        return replace(layout, diagonals=layout.diagonals[..., :most].contiguous())
+
+    def _probing(self, x: AttnInput) -> dict[str, Any]:
+        return dict(scale=x.scale, softcap=x.softcap, reduce="max" if self.share == "group" else "none")
 
     def _layout(self, x: AttnInput, found: Lists, far: KV | None = None) -> Layout:
         b, h, n, m = x.shape
@@ -184,7 +183,7 @@ class Qwen1M(Method):
         moved_about = x.kv.pos is not None  # entries in no order of position, or fewer than were seen
         if not moved_about and m <= grid.exact and not self._warm(m):
             return None
-        rope, pos = _rope(x), _pos(x)
+        rope, pos = _rope(x), x.positions()
         longest = m
         if moved_about:  # one look at the device per step, not per layer
             if "qwen1m.longest" not in state.step:
@@ -208,7 +207,7 @@ class Qwen1M(Method):
     def _tempered(self, x: AttnInput) -> Tensor:
         """Queries times f^2 of their own length."""
         assert self.original is not None
-        f = 1 + 0.1 * ((_pos(x) + 1).float() / self.original).log().clamp(min=0)
+        f = 1 + 0.1 * ((x.positions() + 1).float() / self.original).log().clamp(min=0)
         return (x.q * (f * f)[:, None, :, None]).to(x.q.dtype)
 
 
@@ -216,11 +215,3 @@ def _rope(x: AttnInput) -> Rope:
     if x.rope is None:
         raise UnsupportedError("qwen1m: needs the model's rotation to move queries to other positions; none was found")
     return x.rope
-
-
-def _pos(x: AttnInput) -> Tensor:
-    """int64 `[B, N]`, true positions of the query rows."""
-    if x.q_pos is None:
-        steps = torch.arange(x.start, x.start + x.q.shape[2], device=x.device)
-        return steps.expand(x.q.shape[0], -1)
-    return x.q_pos

@@ -40,14 +40,14 @@ class RazorAttention(Method):
     as `cache` alone it cuts without it, and `compensate` = false always does.
     """
 
-    profile: str | None = option(None)
-    induction: float = option(0.14, low=0.0, high=1.0)
-    echo: float = option(0.01, low=0.0, high=1.0)
-    sink: int = option(4, low=0)
-    window: int = option(4000, low=1)
-    fraction: float = option(0.2, low=0.0, high=1.0)
-    compensate: bool = option(True)
-    slack: int = option(64, low=1)
+    profile: str | None = option(None, help="folder that `foveate calibrate` wrote")
+    induction: float = option(0.14, low=0.0, high=1.0, help="share of kv heads kept whole by induction score")
+    echo: float = option(0.01, low=0.0, high=1.0, help="share of kv heads kept whole by echo score")
+    sink: int = option(4, low=0, help="first tokens the other heads keep")
+    window: int = option(4000, low=1, help="fewest newest tokens the other heads keep")
+    fraction: float = option(0.2, low=0.0, high=1.0, help="fraction of the prompt the other heads keep, its newest")
+    compensate: bool = option(True, help="one mean entry stands for what was dropped")
+    slack: int = option(64, low=1, help="decode steps from one eviction to the next")
 
     id: ClassVar[str] = "razor_attention"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode", "cache")
@@ -80,7 +80,7 @@ class RazorAttention(Method):
         if not self.compensate or not any(FOLDED in row for row in rows):
             return None
         k, v, n, _ = self._folded(x, rows)
-        dtype = x.kv.k.dtype
+        dtype = x.kv.dtype
         mean = KV.dense(k[:, :, None].to(dtype), v[:, :, None].to(dtype), bias=n.log()[..., None])
         b, h, count, _ = x.q.shape
         one = Layout.dense(b, h, count, 1, q_pos=x.q_pos)  # it stands at position 0: everyone sees it

@@ -37,11 +37,11 @@ class RecycledAttention(Method):
     the paper starts from what the last token of the prompt looked at.
     """
 
-    budget: int | None = option(None, low=1)
-    fraction: float = option(0.125, low=0, high=1)
-    stride: int = option(10, low=1)
-    tau: float | None = option(0.85)
-    kernel: int = option(7, low=1)
+    budget: int | None = option(None, low=1, help="tokens a query reads between full steps; none: by fraction")
+    fraction: float = option(0.125, low=0, high=1, help="fraction of the tokens read between full steps")
+    stride: int = option(10, low=1, help="decode steps between two decisions on a full one")
+    tau: float | None = option(0.85, help="query cosine below which a step is full; none: always")
+    kernel: int = option(7, low=1, help="neighbouring tokens pooled together, an odd number")
 
     id: ClassVar[str] = "recycled_attention"
     roles: ClassVar[tuple[str, ...]] = ("decode",)

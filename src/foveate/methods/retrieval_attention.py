@@ -36,17 +36,17 @@ class RetrievalAttention(Method):
     fit the device. One graph serves the query heads of a kv head, where the paper leaves open whether each has its own.
     """
 
-    sink: int = option(128, low=0)
-    recent: int = option(512, low=1)
-    budget: int = option(100, low=1)
-    index: str = option("graph", choices=("graph", "flat"))
-    aware: bool = option(True)
-    breadth: int = option(128, low=1)
-    links: int = option(16, low=2)
-    reach: int = option(32, low=2)
-    queries: int = option(2048, low=1)
-    update: int = option(512, low=1)
-    dense_layers: int = option(0, low=0)
+    sink: int = option(128, low=0, help="first tokens of the text, always included")
+    recent: int = option(512, low=1, help="newest tokens, always included")
+    budget: int = option(100, low=1, help="keys a query reads that the search found")
+    index: str = option("graph", choices=("graph", "flat"), help="search by a graph or over every key")
+    aware: bool = option(True, help="link keys that queries of the prompt read together")
+    breadth: int = option(128, low=1, help="candidates a search holds at a time")
+    links: int = option(16, low=2, help="most links of a key")
+    reach: int = option(32, low=2, help="best keys of a query that become linked")
+    queries: int = option(2048, low=1, help="most prompt queries of a kv head that make links")
+    update: int = option(512, low=1, help="tokens that join the index at a time")
+    dense_layers: int = option(0, low=0, help="first layers, which stay dense")
 
     id: ClassVar[str] = "retrieval_attention"
     roles: ClassVar[tuple[str, ...]] = ("decode",)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 
 MOST = 1 << 26  # numbers in lists (256 MiB); beyond, the kernel expands the rule itself
 
@@ -30,15 +30,15 @@ class S2Strided(Method):
     heads, which leaves blocks unseen that could be covered, and dense heads are not counted, since they need no shard.
     """
 
-    block: int = option(64, low=16)
-    local: int = option(32, low=1)
-    stride: int = option(8, low=1)
-    offset: int = option(0, low=0)
-    homo: bool = option(False)
-    dense_heads: int = option(0, low=0)
-    dense_every: int | None = option(None, low=1)
-    sink: int = option(0, low=0)
-    share: str = option("group", choices=("head", "group"))  # type: ignore[misc]
+    block: int = option(64, low=16, help="tokens of a block of queries or keys")
+    local: int = option(32, low=1, help="newest blocks, always included")
+    stride: int = option(8, low=1, help="blocks from one seen block to the next")
+    offset: int = option(0, low=0, help="shift of the seen blocks, in blocks")
+    homo: bool = option(False, help="give all heads the same blocks")
+    dense_heads: int = option(0, low=0, help="last heads, which stay dense")
+    dense_every: int | None = option(None, low=1, help="every so many-th layer stays dense; none: no layer")
+    sink: int = option(0, low=0, help="first tokens of the text, always included")
+    share: str = shared("group")  # type: ignore[misc]
 
     id: ClassVar[str] = "s2_strided"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")

@@ -13,7 +13,7 @@ from ..layout import Layout
 from ..profile import of
 from ..scores.lowbit import SHARES, Grid, relative_blocks
 from ._allocation import own_lists
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 from .search import Found, Knob, Search, Target
 
 START, FLOOR = 0.008, 1e-4  # where the search for a head's threshold begins, and below which the head is dense
@@ -41,17 +41,17 @@ class SALE(Method):
     and the window is one number (its checks say 128, its kernel computes 256). The estimate costs N x M products.
     """
 
-    tau: float = option(0.004, low=0)
-    block_q: int = option(64, low=16)
-    block_k: int = option(32, low=8)
-    sink: int = option(32, low=0)
-    window: int = option(256, low=0)
-    segment: int = option(128, low=8)
-    bits: int = option(4, low=2, high=8)
-    quant: str = option("fragment", choices=SHARES)
-    theta: float | None = option(0.4, low=0)
-    profile: str | None = option(None)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    tau: float = option(0.004, low=0, help="least weight of a logit against sink and local keys")
+    block_q: int = option(64, low=16, help="queries of a block")
+    block_k: int = option(32, low=8, help="keys of a block")
+    sink: int = option(32, low=0, help="first tokens of the text, always included")
+    window: int = option(256, low=0, help="keys before a block, always included")
+    segment: int = option(128, low=8, help="keys the estimated part is a multiple of")
+    bits: int = option(4, low=2, high=8, help="bits of queries and keys in the estimate")
+    quant: str = option("fragment", choices=SHARES, help="rows that share a quantisation step; exact: no quantisation")
+    theta: float | None = option(0.4, low=0, help="largest L1 error a row in the search; none: any")
+    profile: str | None = option(None, help="folder that `foveate calibrate` wrote")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "sale"
     roles: ClassVar[tuple[str, ...]] = ("prefill",)

@@ -17,7 +17,7 @@ from ..lists import compact, trim
 from ..scores.gates import Gate, choose, key_features, query_means
 from ..scores.keys import BUDGET, pieces
 from ..scores.pooled import block_logits, block_softmax
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 
 if TYPE_CHECKING:
     from .search import Target
@@ -44,16 +44,16 @@ class SeerAttention(Method):
     among the query heads of a kv head. `epochs`, `rate` and `query_map` (a map of the queries too) are the training's.
     """
 
-    profile: str | None = option(None)
-    threshold: float | None = option(None, low=0, high=1)
-    ratio: float | None = option(None, low=0, high=1)
-    budget: int | None = option(None, low=1)
-    block: int = option(64, low=16)
-    last_block_dense: bool = option(True)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
-    epochs: int = option(30, low=1)
-    rate: float = option(1e-3, low=0)
-    query_map: bool = option(False)
+    profile: str | None = option(None, help="folder that `foveate calibrate` wrote")
+    threshold: float | None = option(None, low=0, high=1, help="least gate probability of a block; none: the profile's")
+    ratio: float | None = option(None, low=0, high=1, help="share of the causal blocks read, instead of a threshold")
+    budget: int | None = option(None, low=1, help="tokens a query reads, instead of a threshold")
+    block: int = option(64, low=16, help="tokens of a block of queries or keys")
+    last_block_dense: bool = option(True, help="last two rows of blocks stay dense")
+    share: str = shared()  # type: ignore[misc]
+    epochs: int = option(30, low=1, help="passes over the texts in training")
+    rate: float = option(1e-3, low=0, help="learning rate of the training")
+    query_map: bool = option(False, help="train a map of the queries too")
 
     id: ClassVar[str] = "seerattention"
     roles: ClassVar[tuple[str, ...]] = ("prefill",)

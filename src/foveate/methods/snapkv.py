@@ -21,12 +21,12 @@ class SnapKV(Voting):
     `capacity` entries stays whole. The prompt's last window must contain the question.
     """
 
-    window: int = option(64, low=1)
-    capacity: int = option(320, low=2)
-    kernel: int = option(5, low=1)
-    pooling: str = option("avg", choices=("avg", "max"))
-    reduce: str = option("mean", choices=("mean", "max", "sum"))
-    sink: int = option(4, low=0)
+    window: int = option(64, low=1, help="last prompt tokens, which vote and always stay")
+    capacity: int = option(320, low=2, help="entries a kv head keeps")
+    kernel: int = option(5, low=1, help="neighbouring tokens pooled together, an odd number")
+    pooling: str = option("avg", choices=("avg", "max"), help="how neighbouring scores are pooled: mean or maximum")
+    reduce: str = option("mean", choices=("mean", "max", "sum"), help="how query heads of a kv head are joined")
+    sink: int = option(4, low=0, help="first tokens of the text, always included")
 
     id: ClassVar[str] = "snapkv"
     roles: ClassVar[tuple[str, ...]] = ("cache",)

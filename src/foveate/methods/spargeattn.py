@@ -14,7 +14,7 @@ from ..profile import Profile, of
 from ..scores.keys import pieces
 from ..scores.pooled import block_pool, pool_keys
 from ..scores.similarity import Trust, key_similarity, list_cost, self_similarity, trusted_lists
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 from .search import Knob, Search, Target
 
 Threshold = float | Tensor  # one for all heads, or [H, 1, 1]
@@ -39,13 +39,13 @@ class SpargeAttn(Method):
     published theta nearly all is computed, so use the preset or a profile.
     """
 
-    cdf: float = option(0.98, low=0, high=1)
-    theta: float = option(0.6)
-    topk: float | None = option(None, low=0, high=1)
-    block_q: int = option(128, low=16)
-    block_k: int = option(64, low=16)
-    profile: str | None = option(None)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    cdf: float = option(0.98, low=0, high=1, help="share of the estimated attention mass to reach")
+    theta: float = option(0.6, help="mean cosine above which a block is trusted")
+    topk: float | None = option(None, low=0, high=1, help="share of the visible blocks read, instead of cdf")
+    block_q: int = option(128, low=16, help="queries of a block")
+    block_k: int = option(64, low=16, help="keys of a block")
+    profile: str | None = option(None, help="folder that `foveate calibrate` wrote")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "spargeattn"
     roles: ClassVar[tuple[str, ...]] = ("prefill",)

@@ -35,14 +35,14 @@ class SpecKV(Method):
     its own last ones. `band` is a multiple of 64. With capacity None only this part is used.
     """
 
-    capacity: int | None = option(512, low=2)
-    window: int = option(32, low=1)
-    kernel: int = option(7, low=1)
-    pooling: str = option("max", choices=("avg", "max"))
-    reduce: str = option("max", choices=("mean", "max"))
-    sink: int = option(4, low=0)
-    columns: int = option(2048, low=1)
-    band: int = option(2048, low=64)
+    capacity: int | None = option(512, low=2, help="prompt entries a kv head keeps; none: all")
+    window: int = option(32, low=1, help="last prompt tokens, which vote and always stay")
+    kernel: int = option(7, low=1, help="neighbouring tokens pooled together, an odd number")
+    pooling: str = option("max", choices=("avg", "max"), help="how neighbouring scores are pooled: mean or maximum")
+    reduce: str = option("max", choices=("mean", "max"), help="how the scores of queries and query heads are joined")
+    sink: int = option(4, low=0, help="first tokens of the text, always included")
+    columns: int = option(2048, low=1, help="prompt entries a row reads during prefill")
+    band: int = option(2048, low=64, help="tokens the diagonals reach back, a multiple of 64")
 
     id: ClassVar[str] = "speckv"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "cache")

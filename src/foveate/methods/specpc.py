@@ -30,16 +30,16 @@ class SpecPC(Method):
     Llama-3.2-1B; preset "qwen" is for Qwen2.5-0.5B.
     """
 
-    capacity: int = option(2048, low=1)
-    window: int = option(64, low=1)
-    prefix: int = option(0, low=0)
-    pool: int = option(32, low=1)
-    neighbors: int = option(32, low=1)
-    pooling: str = option("max", choices=("avg", "max"))
-    reduce: str = option("max", choices=("max", "sum"))
-    lookahead: int = option(1, low=1)
-    first_layer: int = option(8, low=0)
-    weighted: bool = option(True)
+    capacity: int = option(2048, low=1, help="prompt tokens that stay")
+    window: int = option(64, low=1, help="last prompt tokens, which vote and always stay")
+    prefix: int = option(0, low=0, help="first tokens of the text, always included")
+    pool: int = option(32, low=1, help="neighbouring tokens pooled together")
+    neighbors: int = option(32, low=1, help="nearest tokens that a chosen one brings along")
+    pooling: str = option("max", choices=("avg", "max"), help="how neighbouring scores are pooled: mean or maximum")
+    reduce: str = option("max", choices=("max", "sum"), help="how the scores of queries, heads and layers are joined")
+    lookahead: int = option(1, low=1, help="tokens the draft looks ahead; 1: none generated")
+    first_layer: int = option(8, low=0, help="first layer that votes, counted from 0")
+    weighted: bool = option(True, help="give later queries of the window more weight")
 
     id: ClassVar[str] = "specpc"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..kv import KV
@@ -30,9 +29,9 @@ class StreamingLLM(Method):
     has true positions). The query's own token counts towards the window.
     """
 
-    sink: int = option(4, low=0)
-    window: int = option(2044, low=1)
-    positions: str = option("text", choices=("text", "cache"))
+    sink: int = option(4, low=0, help="first tokens of the text, always included")
+    window: int = option(2044, low=1, help="newest tokens, always included")
+    positions: str = option("text", choices=("text", "cache"), help="distances as in the text, or inside the cache")
 
     id: ClassVar[str] = "streaming_llm"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode", "cache")
@@ -77,7 +76,7 @@ class StreamingLLM(Method):
         """The sinks that have left the window of a row, seen from its place inside the cache."""
         if x.rope is None:
             raise UnsupportedError("streaming_llm: positions='cache' needs the model's rotation, and none was found")
-        (b, h, n, m), pos = x.shape, _pos(x)
+        (b, h, n, m), pos = x.shape, x.positions()
         few = min(self.sink, m)
         index = torch.arange(few, device=x.device).expand(b, x.groups, few)
         k, v = x.kv.gather(index)
@@ -97,10 +96,3 @@ class StreamingLLM(Method):
         first, last = min(self.sink, m), max(self.sink, m - self.window)
         index = torch.cat([torch.arange(first), torch.arange(min(last, m), m)]).to(x.device)
         return Selection(index.expand(1, x.groups, -1), ring=(self.sink, self.window))
-
-
-def _pos(x: AttnInput) -> Tensor:
-    """int64 `[B, N]`, true positions of the query rows."""
-    if x.q_pos is not None:
-        return x.q_pos
-    return torch.arange(x.start, x.start + x.q.shape[2], device=x.device).expand(x.q.shape[0], -1)

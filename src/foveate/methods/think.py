@@ -24,15 +24,16 @@ class ThinK(Method):
     for all entries of a kv head but the newest `tail_size`; values and tokens that come later are whole. With
     `capacity`, SnapKV (average pooling over 5) first keeps that many entries, as the paper's scripts do; without it
     every token stays. The channels of the first prompt hold for the whole conversation: later prompts lose the same
-    ones. Saves about half of `ratio` of the bytes. A dense decode step multiplies the channels that are left; sparse
-    decode methods and prompts read a copy of the keys with zeros in the gaps.
+    ones. Saves about half of `ratio` of the bytes. Dense decode steps, and steps over listed pages or entries or under a
+    rule, multiply the channels that are left; prompts, and methods that score raw keys, read a copy of one layer's keys
+    with zeros in the gaps.
     The published code stores one copy of the keys for each query head and gathers correctly for one batch row only.
     """
 
-    ratio: float = option(0.4, low=0.0, high=0.99)
-    window: int = option(32, low=1)
-    tail_size: int = option(32, low=1)
-    capacity: int | None = option(None, low=2)
+    ratio: float = option(0.4, low=0.0, high=0.99, help="fraction of the key channels that is dropped")
+    window: int = option(32, low=1, help="last queries of the prompt, which rate the channels")
+    tail_size: int = option(32, low=1, help="newest tokens whose keys stay whole")
+    capacity: int | None = option(None, low=2, help="entries a kv head keeps; none: all")
 
     id: ClassVar[str] = "think"
     roles: ClassVar[tuple[str, ...]] = ("cache",)

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..layout import Layout
 from ..lists import compact, repeat_heads
 from ..scores.exact import top_keys
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 from .search import Knob
 
 TOKENS = "tidal_decode.tokens"
@@ -35,10 +35,10 @@ class TidalDecode(Method):
     runs generated tokens again with dense attention, is a matter of the generation loop and not part of the method.
     """
 
-    start: int = option(2, low=0)
-    reselect: int | None = option(13, low=1)
-    budget: int = option(256, low=1)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    start: int = option(2, low=0, help="first layer that chooses, counted from 0")
+    reselect: int | None = option(13, low=1, help="layer that chooses again; none: no layer")
+    budget: int = option(256, low=1, help="tokens a query reads in sparse layers")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "tidal_decode"
     roles: ClassVar[tuple[str, ...]] = ("decode",)

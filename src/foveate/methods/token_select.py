@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,22 +40,22 @@ class TokenSelect(Method):
     chunks of `chunk` rows that share a list, chosen by their mean query. `positions` "rank" counts positions inside the
     list, so that none exceeds its length and a text may be longer than the model's range; "text" leaves them, for texts
     within it, and saves a second rotation. With `theta` a decode step uses the last list again while the cosine between
-    their queries is at least that, for at most `refresh` steps; that decision waits for the device.
+    their queries is at least that, for at most `refresh` tokens; each row decides for itself, on the device.
 
     Up to sink + budget + local tokens a row is dense. Keys before rotation are kept beside the cache while decoding, which
     takes half of its memory again. Differs from the published code: query head h votes with kv head h // g, votes are
     fp32, a list that is used again covers every token since it was made, and lists of prompt chunks are always made anew.
     """
 
-    sink: int = option(128, low=0)
-    local: int = option(512, low=1)
-    budget: int = option(2048, low=1)
-    chunk: int = option(512, low=1)
-    pool: int = option(1, low=1)
-    temperature: float = option(1.0, low=0)
-    theta: float | None = option(None, low=-1, high=1)
-    refresh: int = option(64, low=1)
-    positions: str = option("rank", choices=("rank", "text"))
+    sink: int = option(128, low=0, help="first tokens of the text, always included")
+    local: int = option(512, low=1, help="newest tokens, always included")
+    budget: int = option(2048, low=1, help="tokens a query reads that won the vote")
+    chunk: int = option(512, low=1, help="prompt rows that share a list")
+    pool: int = option(1, low=1, help="neighbouring tokens pooled together")
+    temperature: float = option(1.0, low=0, help="factor on the logits of a vote")
+    theta: float | None = option(None, low=-1, high=1, help="query cosine that reuses a list; none: never")
+    refresh: int = option(64, low=1, help="most tokens that one list serves")
+    positions: str = option("rank", choices=("rank", "text"), help="positions counted inside the list, or those of the text")
 
     id: ClassVar[str] = "token_select"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")
@@ -86,8 +87,6 @@ class TokenSelect(Method):
         return self.total + 1
 
     def phase(self, step: int) -> str | None:
-        if self.theta is not None:
-            return None
         return "first" if step == 0 else "step"
 
     def refuses(self, recipe: Any) -> str | None:
@@ -166,23 +165,30 @@ class TokenSelect(Method):
         """The list of this step: tokens `[B, total or a few more]`, counts `[B]`."""
         rope, pos = _rope(x), _pos(x)
         keys: RawKeys = state.layer.setdefault(KEYS, RawKeys())
-        if self.theta is None and (found := self._fused(x, keys, state)) is not None:
+        if (found := self._fused(x, keys, state)) is not None:
             return found
         raw = keys.update(x)
         query = self._summary(raw_queries(x.q, rope, pos), rope)
         if self.theta is None:
             return self._list(group_logits(query, raw)[:, :, 0], pos[:, 0] + 1)
+        held = self._held(x, state)
+        if held is None:
+            due = torch.ones(len(pos), dtype=torch.bool, device=pos.device)
+        else:
+            alike = cosine_similarity(query.float().flatten(1), held.query.float().flatten(1), dim=-1) >= self.theta
+            due = ~alike | (pos[:, 0] - held.pos > self.refresh)
+        if held is None or not _may_look(x) or bool(due.any()):  # each row for itself: its neighbours change nothing
+            tokens, count = self._list(group_logits(query, raw)[:, :, 0], pos[:, 0] + 1)
+            new = Held(pad(tokens, (0, self.refresh)), count, pos[:, 0], query, x.step)
+            held = state.layer[TOKENS] = new.where(due, held).into(state.layer.get(TOKENS))
+        return held.now(pos[:, 0], x.kv.capacity)
+
+    def _held(self, x: AttnInput, state: State) -> Held | None:
+        """The lists that this step may use again, or None: all are made anew."""
         held: Held | None = state.layer.get(TOKENS)
-        if held is None or held.pos.shape[0] != len(pos) or x.step == 0 or x.step < held.step:
-            tokens, count = self._list(group_logits(query, raw)[:, :, 0], pos[:, 0] + 1)
-            state.layer[TOKENS] = Held(tokens, count, pos[:, 0], query, x.step)
-            return tokens, count
-        alike = cosine_similarity(query.float().flatten(1), held.query.float().flatten(1), dim=-1) >= self.theta
-        due = ~alike | (pos[:, 0] - held.pos > self.refresh)
-        if bool(due.any()):  # each row for itself: what its neighbours do changes nothing
-            tokens, count = self._list(group_logits(query, raw)[:, :, 0], pos[:, 0] + 1)
-            state.layer[TOKENS] = held = held.where(due, Held(tokens, count, pos[:, 0], query, x.step))
-        return held.now(pos[:, 0], self.refresh, x.kv.capacity)
+        if held is None or held.pos.shape[0] != len(x.q) or x.step == 0 or x.step < held.step:
+            return None
+        return held
 
     def _fused(self, x: AttnInput, keys: RawKeys, state: State) -> tuple[Tensor, Tensor] | None:
         """The list of a step by kernels that read the keys once; None where there are none for it."""
@@ -193,17 +199,29 @@ class TokenSelect(Method):
             return None
         raw, pos = keys.update(x, newest=False), _pos(x)
         assert keys.data is not None
-
-        def places() -> Tensor:  # where votes are given, and the last of the list
-            return torch.cat((torch.full_like(pos, self.local), pos.clamp(max=self.total - 1)), 1)
-
-        to = turns.to("to", places)
-        voter, query = steps.turn_step(x.q, x.kv, keys.data, turns.plain(), to, turns.partner)
-        vote = kernels.votes(voter, raw, x.kv.len, lists=1, first=self.sink, tail=self.local, scale=self.temperature)
+        length, held = x.kv.len, None
+        if self.theta is None:
+            last = self.total - 1 if self.positions == "rank" else None
+            common = (x.q, x.kv, pos, keys.data, turns.asked(self.total), turns.partner)
+            voter, query = steps.turn_step(*common, near=self.local, last=last)
+        else:  # rows that use their list again have length 0: all that follows returns at once
+            first, wide = self._held(x, state) is None, self.total + self.refresh
+            if first:
+                state.layer[TOKENS] = Held.empty(x.q, wide, x.step).into(state.layer.get(TOKENS))
+            held = state.layer[TOKENS]
+            common = (x.q, x.kv, pos, keys.data, turns.asked(wide), turns.partner)
+            voter, query, length, now = steps.decide(
+                *common, (held.query, held.pos, held.count), near=self.local, total=self.total, theta=self.theta,
+                refresh=self.refresh, first=first,
+            )  # fmt: skip
+        vote = kernels.votes(voter, raw, length, lists=1, first=self.sink, tail=self.local, scale=self.temperature)
         vote = self._pooled(vote[:, 0])[:, None]
-        tokens, count = best_entries(vote, self.total, length=x.kv.len, sink=self.sink, recent=self.local)
+        tokens, count = best_entries(vote, self.total, length=length, sink=self.sink, recent=self.local)
         state.step[f"{QUERY} {x.layer}"] = query
-        return tokens[:, 0], count[:, 0]
+        if held is None:
+            return tokens[:, 0], count[:, 0]
+        steps.keep(tokens[:, 0], length, now, held.tokens, held.pos, held.count)
+        return held.tokens, now
 
     # ------------------------------------------------------------------ attention with positions inside the list
     def attend(self, x: AttnInput, plan: Layout, state: State) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -225,7 +243,7 @@ class TokenSelect(Method):
         kernels, turns = fused.ranked(x.q), Turns.of(x, state.step, TURNS)
         assert kernels is not None and turns is not None
         raw, table = state.layer[KEYS].data, turns.asked(tokens.shape[1])
-        how = dict(scale=x.scale, softcap=x.softcap)
+        how = dict(scale=x.scale, softcap=x.softcap, halves=turns.halves)
         return kernels.attend(query, raw, x.kv.v, tokens, count, table, turns.partner, **how)  # type: ignore[no-any-return]
 
     def _chunks(self, x: AttnInput, plan: Layout, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -273,8 +291,12 @@ class TokenSelect(Method):
 
 @dataclass
 class Held:
-    """The last list of each row: tokens `[B, L]`, count `[B]`, the position `[B]` and the query `[B, H, 1, D]` it was
-    made for; the step of the newest."""
+    """The last list of each row. It stays in the same memory, where captured steps read it.
+
+    Attributes:
+        tokens: int32 `[B, L]`, with room for those since. count: int32 `[B]`, without them. pos: int64 `[B]` and query `[B,
+            H, 1, D]`: what it was made for. step: of the newest, as far as the host knows.
+    """
 
     tokens: Tensor
     count: Tensor
@@ -282,32 +304,52 @@ class Held:
     query: Tensor
     step: int
 
-    def now(self, pos: Tensor, more: int, m: int) -> tuple[Tensor, Tensor]:
-        """The lists and every token since, at most `more`."""
-        tokens = pad(self.tokens, (0, more))
-        after = torch.arange(tokens.shape[-1], device=pos.device) - self.count[:, None]
-        new = (self.pos[:, None] + 1 + after).clamp(max=m - 1)
-        return torch.where(after < 0, tokens, new).to(torch.int32), (self.count + pos - self.pos).to(torch.int32)
+    @staticmethod
+    def empty(query: Tensor, wide: int, step: int) -> Held:
+        b = len(query)
+        make = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=query.device)  # noqa: E731
+        pos, query = make(b, dtype=torch.int64), make(*query.shape, dtype=torch.float32)
+        return Held(make(b, wide, dtype=torch.int32), make(b, dtype=torch.int32), pos, query, step)
 
-    def where(self, rows: Tensor, new: Held) -> Held:
-        """The new lists for the rows `[B]`, these for the others."""
-        wide = max(self.tokens.shape[-1], new.tokens.shape[-1])
-        a, b = (pad(t.tokens, (0, wide - t.tokens.shape[-1])) for t in (new, self))
-        return Held(
-            torch.where(rows[:, None], a, b),
-            torch.where(rows, new.count, self.count),
-            torch.where(rows, new.pos, self.pos),
-            torch.where(rows[:, None, None, None], new.query, self.query),
-            new.step,
-        )
+    def now(self, pos: Tensor, m: int) -> tuple[Tensor, Tensor]:
+        """The lists and every token since."""
+        after = torch.arange(self.tokens.shape[-1], device=pos.device) - self.count[:, None]
+        new = (self.pos[:, None] + 1 + after).clamp(max=m - 1)
+        return torch.where(after < 0, self.tokens, new).to(torch.int32), (self.count + pos - self.pos).to(torch.int32)
+
+    def where(self, rows: Tensor, old: Held | None) -> Held:
+        """These lists for the rows `[B]`, the old ones for the others."""
+        if old is None:
+            return self
+        pairs = zip(self._tensors(), old._tensors(), strict=True)
+        return self._with([torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs])
+
+    def into(self, old: Held | None) -> Held:
+        """These lists in the memory of old ones of their shape, or in their own."""
+        if old is None or any(a.shape != b.shape for a, b in zip(self._tensors(), old._tensors(), strict=True)):
+            return self.fork()
+        for new, there in zip(self._tensors(), old._tensors(), strict=True):
+            there.copy_(new)
+        return self._with(old._tensors())
 
     def fork(self) -> Held:
-        return Held(self.tokens, self.count, self.pos, self.query, self.step)
+        return self._with([t.clone() for t in self._tensors()])
 
     def reorder(self, index: Tensor) -> None:
         at = index.to(self.pos.device)
-        for name in ("tokens", "count", "pos", "query"):
-            setattr(self, name, getattr(self, name).index_select(0, at))
+        self.tokens, self.count, self.pos, self.query = (t.index_select(0, at) for t in self._tensors())
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.tokens, self.count, self.pos, self.query
+
+    def _with(self, tensors: Sequence[Tensor]) -> Held:
+        tokens, count, pos, query = tensors
+        return Held(tokens, count, pos, query, self.step)
+
+
+def _may_look(x: AttnInput) -> bool:
+    """Whether this step may wait for the device, which saves the scores that no row needs: not while it is captured."""
+    return not (x.q.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _rows(block: int, size: int, offset: int, n: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from ..errors import ConfigError
 from ..layout import Layout
 from ..scores.exact import top_keys
-from .base import AttnInput, Method, State, option
+from .base import AttnInput, Method, State, option, shared
 from .search import Knob
 
 
@@ -27,10 +27,10 @@ class TopKExact(Method):
     The lists of a prompt of N tokens take 4 N * budget / block bytes a head: at 128K tokens choose a block of 64 or more.
     """
 
-    budget: int = option(2048, low=1)
-    block: int = option(1, low=1)
-    dense_layers: int = option(0, low=0)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    budget: int = option(2048, low=1, help="tokens a query reads")
+    block: int = option(1, low=1, help="prompt rows that share a list")
+    dense_layers: int = option(0, low=0, help="first layers, which stay dense")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "topk_exact"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode")

@@ -14,7 +14,8 @@ from ..errors import ConfigError
 from ..layout import Layout
 from ..scores.antidiagonal import block_mass, keep_share, share_lists
 from ..scores.pairs import WHOLE
-from .base import AttnInput, Method, State, option
+from ._profiled import per_head
+from .base import AttnInput, Method, State, option, shared
 from .search import Knob, Search, Target
 
 
@@ -30,11 +31,11 @@ class XAttention(Method):
     that is wrong: later chunks of queries keep their columns, and the sink is the first key block, not the first row.
     """
 
-    threshold: float = option(0.9, low=0, high=1)
-    stride: int = option(16, low=1)
-    block: int = option(128, low=16)
-    profile: str | None = option(None)
-    share: str = option("head", choices=("head", "group"))  # type: ignore[misc]
+    threshold: float = option(0.9, low=0, high=1, help="share of the estimated attention mass to reach")
+    stride: int = option(16, low=1, help="side of the squares that antidiagonals cross, in tokens")
+    block: int = option(128, low=16, help="tokens of a block of queries or keys")
+    profile: str | None = option(None, help="folder that `foveate calibrate` wrote")
+    share: str = shared()  # type: ignore[misc]
 
     id: ClassVar[str] = "xattention"
     roles: ClassVar[tuple[str, ...]] = ("prefill",)
@@ -108,15 +109,8 @@ class XAttention(Method):
 
     def _thresholds(self, x: AttnInput, state: State) -> float | Tensor:
         """One for all heads, or those of this layer, `[G, r, 1]` on the device."""
-        if (found := profile.of(self.id, self.profile)) is None:
-            return self.threshold
-        key = f"xattention.{self.profile}.{x.layer}"
-        if (held := state.run.get(key)) is None or held.device != x.device:
-            table, want = found.tensors["threshold"], (x.layers, x.q.shape[1])
-            if tuple(table.shape) != want:
-                raise ConfigError(f"xattention: profile expected thresholds {list(want)}, got {list(table.shape)}")
-            held = state.run[key] = table[x.layer].view(x.groups, -1, 1).to(x.device)
-        return held  # type: ignore[no-any-return]
+        held = per_head(self.id, self.profile, "threshold", x, state)
+        return self.threshold if held is None else held.view(x.groups, -1, 1)
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:

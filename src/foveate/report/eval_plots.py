@@ -78,9 +78,10 @@ def _draw_front(axis: Any, found: Sequence[Point], x: str, numbers: dict[str, in
     known = [(p, a / unit, 100 * b) for p, a, b in _known(found, x)]
     best = [(a / unit, 100 * b) for _, a, b in _known(front(found, x), x)]
     spans = [(p, a, *_span(p, b)) for p, a, b in known]
-    low, high = min(s[2] for s in spans), max(s[3] for s in spans)
+    high = max(s[3] for s in spans)
+    low = min(high - 4.0, *(s[2] for s in spans))  # scores that are all alike must not look far apart
     right = max(a for _, a, _ in known) * 1.12 or 1.0
-    pad = 0.08 * max(high - low, 4.0)
+    pad = 0.08 * (high - low)
     axis.set_xlim(0, right)
     axis.set_ylim(low - pad, high + pad)
     xs, ys = [a for a, _ in best], [b for _, b in best]

@@ -151,7 +151,7 @@ class Bounds:
             return fused.pages(kv.k)
         if isinstance(kv.packed, CodedPair):
             return fused.codes(kv.packed.keys.tail)
-        return fused.pages(kv.packed.tail)  # which unpacks keys that lack channels
+        return fused.thinned(kv.packed.tail)
 
     def _same(self, lengths: Tensor | None) -> bool:
         if lengths is None or self.len is None:

@@ -11,7 +11,7 @@ inter either the keys move (prefill: once for all rows) or the query does, once 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from .. import lists
 from ..kv import KV
 from . import fused
 from .keys import BUDGET, GPU_BUDGET, pieces
-from .probes import Probe, last_queries
+from .probes import Far, Probe, last_queries
 from .rotation import moved
 
 if TYPE_CHECKING:
@@ -99,34 +99,36 @@ def only(kv: KV, lo: int, hi: int) -> KV:
     return replace(kv, bias=bias.masked_fill((pos < lo) | (pos >= hi), float("-inf")))
 
 
-# ---------------------------------------------------------------------- the probe of one chunk of queries
-def probe(q: Tensor, pos: Tensor, kv: KV, far: KV | None, grid: Chunks, rope: Rope | None, **how: object) -> Probe:
-    """What the last queries of one chunk look at, by text position and by distance, with continuous positions.
+# ---------------------------------------------------------------------- the probes of chunks of queries
+def probes(
+    q: Tensor, pos: Tensor, kv: KV, far: KV | None, grid: Chunks, rope: Rope | None, start: int, rows: int, **how: object
+) -> Iterator[tuple[int, Probe]]:
+    """What the last queries of each chunk look at, by text position and by distance, with continuous positions.
 
     "Critical" positions: towards the chunk before, the true distance i - j; towards earlier ones u + c_s - j mod L,
     not cut off, so that a diagonal stays one in every chunk.
 
     Args:
-        q: `[B, H, n, D]`, rotated at `pos` `[B, n]`, all of one chunk. kv: dense, ends with the last of them.
-        far: `Chunks.far` of all these entries, in memory of its own: the keys of the last two chunks are replaced while
-            this runs. None where there is no chunk before them.
-        how: scale, softcap, reduce and rows of `last_queries`.
+        q: `[B, H, N, D]`, rotated at `pos` `[B, N]`, which begin at `start`. kv: dense, in text order.
+        far: `Chunks.far` of the entries before the last two chunks. None where there is no chunk before those.
+        rows: queries of a chunk that are asked. how: scale, softcap and reduce of `last_queries`.
+
+    Gives (text position after a chunk's last query, its probe over the entries before it), chunk by chunk.
     """
-    rows = q.shape[2]
-    if far is None:
-        return last_queries(q, kv, rows, **how)  # type: ignore[arg-type]
-    assert rope is not None
-    m, length = kv.capacity, grid.length
-    own = (m - 1) // length
-    edge = (own - 1) * length
-    shift = grid.size - own * length  # towards the far keys, which stand at j mod L, this moves queries to c_s + u
-    at = torch.arange(edge, m, device=q.device).expand(q.shape[0], m - edge)
-    k = far.k.detach()[:, :, :m]
-    held = k[:, :, edge:].clone()
-    k[:, :, edge:] = moved(kv.k.detach()[:, :, edge:], rope, at, at + shift)
-    found = last_queries(moved(q.detach(), rope, pos, pos + shift), replace(kv, k=k, v=k), rows, **how)  # type: ignore[arg-type]
-    k[:, :, edge:] = held
-    return found
+    n, length = q.shape[2], grid.length
+    q, edges = q.detach(), range(start // length * length, start + n, length)
+    stops = [min(n, edge + length - start) for edge in edges]
+    some = [slice(max(0, edge - start, stop - rows), stop) for edge, stop in zip(edges, stops, strict=True)]
+    there: Sequence[Tensor | None] = [None] * len(some)
+    if far is not None:  # where all these rows stand for far keys, in one go
+        assert rope is not None
+        at = torch.cat([pos[:, part] for part in some], 1)
+        turned = moved(torch.cat([q[:, :, part] for part in some], 2), rope, at, at % length + grid.size)
+        there = turned.split([part.stop - part.start for part in some], 2)
+    for edge, part, turn in zip(edges, some, there, strict=True):
+        end, before = start + part.stop, edge - length
+        other = None if far is None or turn is None or before <= 0 else Far(turn, far.k.detach(), before)
+        yield end, last_queries(q[:, :, part], cut(kv, 0, end), rows, far=other, **how)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- lists

@@ -65,6 +65,11 @@ def codes(t: Tensor) -> ModuleType | None:
     return _usable("quantised_append", t)
 
 
+def thinned(t: Tensor) -> ModuleType | None:
+    """The kernels of keys that lack channels (`kernels/triton/thinned_launch.py`), likewise."""
+    return _usable("thinned_launch", t)
+
+
 def entries(t: Tensor) -> ModuleType | None:
     """The kernels of the best single entries (`kernels/triton/select_entries_launch.py`), likewise; t holds scores."""
     return _usable("select_entries_launch", t)
@@ -73,6 +78,16 @@ def entries(t: Tensor) -> ModuleType | None:
 def labels(t: Tensor) -> ModuleType | None:
     """The kernels of labels and codes beside keys (`kernels/triton/labels_launch.py`), likewise."""
     return _usable("labels_launch", t)
+
+
+def indexers(t: Tensor) -> ModuleType | None:
+    """The kernels of a lightning indexer (`kernels/triton/indexer_launch.py`), likewise; t are queries."""
+    return _usable("indexer_launch", t)
+
+
+def few(t: Tensor) -> ModuleType | None:
+    """The kernel of what a few new tokens look at (`kernels/triton/estimate_few_launch.py`), likewise."""
+    return None if estimates(t) is None else _usable("estimate_few_launch", t)
 
 
 def votes(t: Tensor) -> ModuleType | None:

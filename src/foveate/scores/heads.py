@@ -21,7 +21,7 @@ def head_blocks(
     mean: Tensor,
     kbar: Tensor,
     m: int,
-    share: float,
+    share: float | Tensor,
     *,
     tau: float,
     least: int,
@@ -38,6 +38,7 @@ def head_blocks(
 
     Args:
         probe: rows at the end of a call, over the first m entries. mean: fp32 `[B, H, D]`, the mean of their queries.
+        share: one number, or one a head `[1 or B, H]`.
         kbar: pooled keys `[B, G, nk, D]`, nk = ceil(m / block).
 
     Nothing waits for the device; on a GPU two kernels do all but count the tokens.

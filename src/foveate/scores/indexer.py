@@ -6,7 +6,8 @@ DeepSeek-AI 2025, "DeepSeek-V3.2-Exp: Boosting Long-Context Efficiency with Deep
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,15 @@ from torch.nn.functional import layer_norm, pad
 
 from ..errors import ConfigError
 from ..kv import KV
-from .keys import pieces
+from ..packed import PackedKV
+from . import fused
+from .keys import BUDGET, GPU_BUDGET, pieces
+from .turns import Turns
 
 if TYPE_CHECKING:
     from ..methods.base import AttnInput, Rope
 
-FLOOR, TOP = 1e-4, 448.0  # the least magnitude a scale is made for; the largest e4m3 number
+FLOOR = 1e-4  # the least magnitude a scale is made for; the largest number of e4m3 is 448
 EPS = 1e-6
 
 
@@ -80,10 +84,15 @@ class Indexer:
         half = self.rope // 2
         if half == 0:
             return x
-        angle = pos[..., None] * self.theta ** (-torch.arange(half, device=x.device) / half)
         a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
-        c, s = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        c, s = (t.to(x.dtype) for t in self.turn(pos))
         return torch.cat([a * c - b * s, b * c + a * s, rest], -1)
+
+    def turn(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[..., rope / 2]` of positions `[...]`."""
+        half = self.rope // 2
+        angle = pos[..., None] * self.theta ** (-torch.arange(half, device=pos.device) / half)
+        return angle.cos(), angle.sin()
 
 
 def scores(q: Tensor, w: Tensor, k: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -114,7 +123,9 @@ def hadamard(x: Tensor) -> Tensor:
 
 def round8(x: Tensor) -> tuple[Tensor, Tensor]:
     """(numbers that e4m3 holds, fp32; their scale without the last dim, a power of two): x is about the product."""
-    scale = torch.exp2(torch.ceil(torch.log2(x.abs().amax(-1).clamp(min=FLOOR) / TOP)))
+    most = x.abs().amax(-1).clamp(min=FLOOR).float()
+    # Of the least power of two that brings it down to 1.75 * 2^8, by its bits: logarithms differ between devices.
+    scale = ((((most.view(torch.int32) + 0x1FFFFF) >> 23) - 8) << 23).view(torch.float32)
     return (x / scale[..., None]).to(torch.float8_e4m3fn).to(x.dtype), scale
 
 
@@ -141,17 +152,54 @@ class IndexKeys:
         self.step: int | None = None  # the last decode step covered
 
     def update(self, x: AttnInput, indexer: Indexer) -> None:
+        """Cover all entries of x.kv."""
         assert x.rope is not None
-        known = x.phase == "prefill" or x.kv.len is None
-        m = x.start + x.q.shape[2] if x.phase == "prefill" else x.kv.capacity
-        next_step = x.phase == "decode" and self.step is not None and x.step == self.step + 1
-        self._reserve(x.kv, m, indexer)
-        if known or not next_step:
-            first = min(m - 1, self.done) if known else 0
-            self._compute(x.kv, x.rope, torch.arange(first, m, device=x.device)[None], indexer)
-        else:
+        first = self._begin(x, indexer)
+        if first is None:
             self._compute(x.kv, x.rope, x.kv.lengths()[:, :1] - 1, indexer)
-        self.done, self.step = m if known else 0, x.step if x.phase == "decode" else None
+        else:
+            self._compute(x.kv, x.rope, torch.arange(first, self._size(x), device=x.device)[None], indexer)
+        self._end(x)
+
+    def rank(self, x: AttnInput, indexer: Indexer, shared: dict[str, Any]) -> Tensor:
+        """Cover all entries of a decode step and score them: fp32 `[B, 1, M]`. `shared`: `state.step`, for all layers.
+
+        Entries that do not exist have no meaning. On a GPU three kernels do this, up to the order of sums.
+        """
+        assert x.rope is not None and x.q_pos is not None
+        kernels = self._kernels(x, indexer)
+        turns = None if kernels is None else Turns.of(x, shared, "indexer.turns")
+        if kernels is None or turns is None:
+            self.update(x, indexer)
+            q, w = indexer.queries(flat(x.q, x.q_pos, x.rope, indexer.query.shape[2]), x.q_pos)
+            return scores(q, w, *self.read(x.kv.capacity))
+        first, m = self._begin(x, indexer), x.kv.capacity
+        grown = (first is None or first == m - 1) and not isinstance(x.kv, PackedKV)
+        if grown:
+            self._end(x)
+        else:
+            self.update(x, indexer)
+        own = shared.setdefault("indexer.own", {})
+        if (which := (indexer.rope, indexer.theta)) not in own:
+            own[which] = torch.stack(indexer.turn(x.q_pos[:, 0]), 1)
+        weights = indexer.query, indexer.key, indexer.weight, indexer.norm
+        back, sizes = (*turns.plain(), turns.partner), {"eps": EPS, "floor": FLOOR}
+        score: Tensor = kernels.rank(x.q, x.kv, weights, back, own[which], self.data, self.scale, append=grown, **sizes)
+        return score
+
+    def score(self, q: Tensor, w: Tensor, pos: Tensor, m: int, kernels: ModuleType | None) -> Tensor:
+        """`scores` of the first m entries, fp32 `[B, n, m]`, for queries at positions `[B, n]`; what comes after a query has
+        no meaning. `kernels`: what `twin` gives."""
+        if kernels is None:
+            return scores(q, w, *self.read(m))
+        score: Tensor = kernels.score_prompt(q, w, self.data, self.scale, pos, m)
+        return score
+
+    @staticmethod
+    def twin(x: AttnInput, indexer: Indexer) -> ModuleType | None:
+        """The kernels of scores, where they serve this indexer and device."""
+        kernels = fused.indexers(x.q) if indexer.fp8 else None
+        return kernels if kernels is not None and kernels.serves(*indexer.query.shape[:2]) else None
 
     def read(self, m: int) -> tuple[Tensor, Tensor | None]:
         """Keys `[B, m, DI]` as floats, and their scales `[B, m]`."""
@@ -165,12 +213,35 @@ class IndexKeys:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.data, self.scale) if t is not None)
 
+    def _kernels(self, x: AttnInput, indexer: Indexer) -> ModuleType | None:
+        """The twin of `update`, `Indexer.queries` and `scores` in a decode step, where it serves."""
+        plain = x.kv.pos is None and x.kv.bias is None and x.kv.kind != "ragged" and x.kv.dtype == x.q.dtype
+        return self.twin(x, indexer) if plain else None
+
+    @staticmethod
+    def _known(x: AttnInput) -> bool:
+        return x.phase == "prefill" or x.kv.len is None
+
+    @staticmethod
+    def _size(x: AttnInput) -> int:
+        return x.start + x.q.shape[2] if x.phase == "prefill" else x.kv.capacity
+
+    def _begin(self, x: AttnInput, indexer: Indexer) -> int | None:
+        """Make room, and tell the first entry that is missing; None: the newest of each row, and nothing else."""
+        self._reserve(x.kv, self._size(x), indexer)
+        if self._known(x):
+            return min(self._size(x) - 1, self.done)
+        return None if self.step is not None and x.step == self.step + 1 else 0
+
+    def _end(self, x: AttnInput) -> None:
+        self.done, self.step = self._size(x) if self._known(x) else 0, x.step if x.phase == "decode" else None
+
     def _compute(self, kv: KV, rope: Rope, entries: Tensor, indexer: Indexer) -> None:
         """Keys of entries `[B|1, n]`, to their places."""
         assert self.data is not None
         b, g, _, d, _ = kv.shape
         last = (kv.lengths()[:, :1] - 1).clamp(min=0)
-        for lo, hi in pieces(entries.shape[1], 4 * b * g * d):
+        for lo, hi in pieces(entries.shape[1], 4 * b * g * d, GPU_BUDGET // 2 if kv.device.type == "cuda" else BUDGET):
             at = entries[:, lo:hi].expand(b, -1)
             k, _ = kv.gather(torch.minimum(at, last)[:, None].expand(-1, g, -1))  # what does not exist is not read
             new, scale = indexer.keys(flat(k, at, rope, indexer.key.shape[1]), at)

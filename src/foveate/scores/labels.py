@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from ..errors import ShapeError, UnsupportedError
 from ..kv import KV
+from ..packed import PackedKV
 from . import fused
 from .keys import pieces
 
@@ -143,7 +144,7 @@ class Labels:
         """Learn the basis while a row is shorter than the sample (one look at the device each time); True: it is new."""
         if self.sample == 0 or self.least >= self.sample:
             return False
-        if kv.k.is_cuda and torch.cuda.is_current_stream_capturing():
+        if kv.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(f"a captured step cannot learn from keys: every row needs {self.sample} tokens before it")
         n = min(self.sample, kv.capacity)
         entries = torch.arange(n, device=kv.device).expand(*kv.shape[:2], n)
@@ -300,13 +301,15 @@ def newest(kv: KV) -> Tensor:
 
 def key_range(kv: KV, lo: int, hi: int) -> Tensor:
     """Keys `[B, G, hi - lo, D]`; where an entry does not exist, anything."""
-    if kv.kind == "dense":
+    if kv.kind == "dense" and not isinstance(kv, PackedKV):
         return kv.k[:, :, lo:hi]
     return keys_at(kv, torch.arange(lo, hi, device=kv.device).expand(*kv.shape[:2], -1))
 
 
 def keys_at(kv: KV, entries: Tensor) -> Tensor:
-    """Keys `[B, G, n, D]` of entries int64 `[B, G, n]`."""
+    """Keys `[B, G, n, D]` of entries int64 `[B, G, n]`; of packed ones no others are unpacked."""
+    if isinstance(kv, PackedKV):
+        return kv.keys_at(entries)
     if kv.kind == "dense":
         return kv.k.gather(2, entries[..., None].expand(-1, -1, -1, kv.k.shape[-1]))
     return kv.k.reshape(-1, kv.k.shape[-1])[kv.rows(entries)]

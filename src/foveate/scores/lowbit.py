@@ -165,7 +165,7 @@ def _by_bits(
     block = torch.arange(first, (m - 1) // bq + 1, device=q.device)
     end = ((block + 1) * bq).clamp(max=m)
     widest = -(-m // bk)
-    words = torch.empty(1, h, len(block), -(-widest // 32), dtype=torch.int32, device=q.device)
+    words = torch.zeros(1, h, len(block), -(-widest // 32), dtype=torch.int32, device=q.device)
     pos = torch.arange(first * bq, first * bq + len(block) * bq, device=q.device)
     real, sizes = (pos >= start) & (pos < m), (bq, grid.sink, grid.window, grid.segment)
     mean = kernels.means(q[0])

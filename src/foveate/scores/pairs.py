@@ -21,7 +21,7 @@ def union(
     qbar: Tensor,
     kbar: Tensor,
     aware: Tensor | None,
-    share: float,
+    share: float | Tensor,
     *,
     first: int,
     block: int,
@@ -35,6 +35,7 @@ def union(
         columns: bool `[B, H, nk]`, key blocks. diagonals: bool `[B, H, nk]`, distances in blocks.
         qbar, kbar: pooled queries `[B, H, nq, D]`, the first one block number `first`, and keys `[B, G, nk, D]`.
         aware: bool `[B, H]`, heads that also take the pairs that hold `share` of their pooled attention; None: no head.
+        share: one number, or one a head `[1 or B, H]`.
         block: rows of a block. group: the heads of a kv head share the union of their lists (Hl = G), else Hl = H.
 
     Returns:
@@ -53,20 +54,21 @@ def union(
     for lo, hi in work:
         heads, hl = slice(lo * r, hi * r), (hi - lo) * (1 if group else r)
         args = qbar[:, heads], kbar[:, lo:hi], scale, softcap
+        part = share[:, heads] if isinstance(share, Tensor) else share
         if kernels is not None:
             live = torch.zeros_like(columns[:, heads, 0]) if aware is None else aware[:, heads]
             prob = None
             if aware is not None:
                 prob = kernels.block_scores(*args, first, softmax=True, live=live.contiguous().view(torch.int8))
             some = columns[:, heads], diagonals[:, heads], live, prob
-            index, count = kernels.pair_lists(*some, share, first, block, nq, lists=hl)
+            index, count = kernels.pair_lists(*some, part, first, block, nq, lists=hl)
             tiles.append(index if len(work) == 1 else lists.trim(index, count))
         else:
             keep = (columns[:, heads, None, :] | diagonals[:, heads][..., gap]) & causal
             # Sorting every pair of blocks is the dear part: worth one look whether any head asks for it.
             if aware is not None and bool(aware[:, heads].any()):
                 prob = block_softmax(block_logits(*args), first)
-                best = top_p(prob.flatten(-2), share, valid=causal.flatten()).view(keep.shape)
+                best = top_p(prob.flatten(-2), part, valid=causal.flatten()).view(keep.shape)
                 keep = keep | (best & aware[:, heads, None, None])
             index, count = lists.compact(keep.unflatten(1, (hl, -1)).any(2))
             tiles.append(lists.trim(index, count) * block)

@@ -34,6 +34,19 @@ class Probe:
     rows: int
 
 
+@dataclass(frozen=True)
+class Far:
+    """Keys in place of the first `end` entries of a view, and the queries as they stand for those.
+
+    Attributes:
+        q: `[B, H, N, D]`. k: `[B, G, end or more, D]`.
+    """
+
+    q: Tensor
+    k: Tensor
+    end: int
+
+
 def last_queries(
     q: Tensor,
     kv: KV,
@@ -43,6 +56,7 @@ def last_queries(
     softcap: float | None = None,
     reduce: str = "none",
     budget: int = BUDGET,
+    far: Far | None = None,
 ) -> Probe:
     """Probe with the last min(rows, N) queries against all entries, causally.
 
@@ -53,26 +67,31 @@ def last_queries(
     Args:
         q: `[B, H, N, D]`. kv: a view of M >= N entries, G kv heads; `kv.bias` is added to the logits.
         reduce: over the query heads of a group: "none", "max" (what any head needs) or "sum".
+        far: the first entries where they are other keys, which meet the queries elsewhere.
     """
     if reduce not in REDUCE:
         raise ConfigError(f"reduce: expected one of {', '.join(REDUCE)}, got {reduce!r}")
     b, h, n, d = q.shape
     _, g, m, _, _ = kv.shape
     r, rows = h // g, min(rows, n)
-    if (kernels := fused.estimates(q)) is not None and kernels.probes(q, kv, rows):
-        both = kernels.last_queries(q, kv, rows, scale, softcap).unflatten(2, (g, r))
+    kernels = fused.estimates(q)
+    if kernels is not None and kernels.probes(q, kv, rows) and (far is None or far.end % kernels.PROBE_ROWS == 0):
+        other = None if far is None else (far.q[:, :, n - rows :], far.k, far.end)
+        both = kernels.last_queries(q, kv, rows, scale, softcap, other).unflatten(2, (g, r))
         return Probe(_group(both[0], reduce), _group(both[1], reduce), rows)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q = (q[:, :, n - rows :].to(acc) * scale).view(b, g, r, rows, d)
+    end = 0 if far is None else far.end
+    sides = [(t[:, :, n - rows :].to(acc) * scale).view(b, g, r, rows, d) for t in ([] if far is None else [far.q]) + [q]]
     ends = kv.lengths()
     columns = torch.zeros(b, g, r, m, dtype=acc, device=q.device)
     diagonals = torch.zeros_like(columns)
     entry = torch.arange(m, device=q.device)
     for g0, g1 in pieces(g, b * r * rows * m, budget):
-        k = read_keys(kv, g0, g1).to(acc).transpose(-1, -2)  # [B, g, D, M]
+        keys = ([] if far is None else [far.k[:, g0:g1, :end]]) + [read_keys(kv, g0, g1)[:, :, end:]]
+        keys = [k.to(acc).transpose(-1, -2) for k in keys]  # [B, g, D, M], or two that make M together
         for lo, hi in pieces(rows, b * (g1 - g0) * r * m, budget):
-            part = q[:, g0:g1, :, lo:hi]
-            s = (part.reshape(b, g1 - g0, -1, d) @ k).view(b, g1 - g0, r, hi - lo, m)
+            parts = [t[:, g0:g1, :, lo:hi].reshape(b, g1 - g0, -1, d) @ k for t, k in zip(sides, keys, strict=True)]
+            s = (parts[0] if far is None else torch.cat(parts, -1)).view(b, g1 - g0, r, hi - lo, m)
             if softcap:
                 s = softcap * torch.tanh(s / softcap)
             if kv.bias is not None:
@@ -126,8 +145,9 @@ def factored(shape: tuple[int, int, int, int], chosen: tuple[Tensor, Tensor, Ten
     return Layout(shape, columns=keys, column_count=many, diagonals=distances, diagonal_count=count, **grid)
 
 
-def needed(probe: Probe, m: int, share: float) -> tuple[Tensor, Tensor]:
-    """How many of the first m keys, and of the distances, hold `share` of their mass: integers `[B, Hl]` twice."""
+def needed(probe: Probe, m: int, share: float | Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the first m keys, and of the distances, hold `share` (one, or `[1 or B, Hl]`) of their mass: integers
+    `[B, Hl]` twice."""
     x = probe.columns
     if m == x.shape[-1] and (kernels := fused.estimates(x[..., :1])) is not None:
         both = kernels.mass_counts(torch.stack((x, probe.diagonals)), share)

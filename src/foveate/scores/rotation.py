@@ -44,8 +44,8 @@ def _turned(x: Tensor, rope: Rope, turn: Callable[[Tensor, slice], Tensor], batc
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     plain = x.numel() <= SMALL or (x.requires_grad and torch.is_grad_enabled())
     if not plain and (kernels := fused.turns(x)) is not None and (pairs := channels(rope, x)) is not None:
-        for lo, hi in pieces(n, 24 * batch * d, GPU_BUDGET // 4):
-            own, other = pair_tables(turn, slice(lo, hi), batch, pairs[1])
+        for lo, hi in pieces(n, 12 * batch * d, GPU_BUDGET // 4):
+            own, other = pair_tables(turn, slice(lo, hi), batch, pairs)
             kernels.turn(x[:, :, lo:hi], own, other, pairs[0], out[:, :, lo:hi])
         return out
     for lo, hi in pieces(heads, 4 * b * n * d):  # a rotation holds about four copies
@@ -54,10 +54,11 @@ def _turned(x: Tensor, rope: Rope, turn: Callable[[Tensor, slice], Tensor], batc
 
 
 def channels(rope: Rope, x: Tensor) -> Pairs | None:
-    """Which channels of vectors like x `[..., D]` the rotation turns together, or None if they are not pairs.
+    """Which channels of vectors like x `[..., D]` the rotation turns together, or None if it does not turn pairs.
 
     Families differ in that: halves, neighbours, a part of the width. It is read off the unit vectors, turned to position
     1, once for a rotation: the device is asked then and never again. A channel that is not turned is its own partner.
+    Both channels of a pair must turn alike, as (c, s) and (-s, c) do.
     """
     known, key = _PAIRS.setdefault(rope, {}), (x.shape[-1], x.device)
     if key not in known:
@@ -66,19 +67,27 @@ def channels(rope: Rope, x: Tensor) -> Pairs | None:
         d = x.shape[-1]
         unit = torch.eye(d, device=x.device)
         turned = rope.rotate(unit[None, None], torch.ones(1, d, dtype=torch.int64, device=x.device))[0, 0]
-        mixed = ((turned != 0) & (unit == 0)).cpu()  # [from, to]
+        turned = turned.cpu()
+        mixed = (turned != 0) & (unit.cpu() == 0)  # [from, to]
         partner = torch.where(mixed.any(0), mixed.int().argmax(0), torch.arange(d))
-        alone = bool((mixed.sum(0) <= 1).all()) and torch.equal(partner[partner], torch.arange(d))
         first = partner >= torch.arange(d)
+        own, other = turned.diagonal(), turned.gather(1, partner[:, None])[:, 0]
+        alike = torch.equal(own, own[partner]) and torch.equal(other, torch.where(mixed.any(0), -other, other)[partner])
+        alone = bool((mixed.sum(0) <= 1).all()) and torch.equal(partner[partner], torch.arange(d)) and alike
         known[key] = (partner.to(x.device, torch.int32), first.to(x.device)) if alone else None
     return known[key]
 
 
-def pair_tables(turn: Callable[[Tensor, slice], Tensor], at: slice, batch: int, first: Tensor) -> tuple[Tensor, Tensor]:
+def pair_tables(turn: Callable[[Tensor, slice], Tensor], at: slice, batch: int, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """What a vector, and its partners, are multiplied with at these positions: fp32 `[batch, n, D]` twice.
 
-    The first channels of all pairs together, and the second ones, are turned as vectors of ones and zeros.
+    The first channels of all pairs are turned together, as one vector of ones and zeros: c of each stays where it was, s
+    comes to its partner. The second channels turn alike.
     """
-    ones = torch.stack((first, ~first)).float()[None, :, None]  # [1, 2, 1, D]
-    a, z = turn(ones.expand(batch, 2, at.stop - at.start, -1).contiguous(), at).float().unbind(1)
-    return torch.where(first, a, z), torch.where(first, z, a)
+    partner, first = pairs
+    n, d = at.stop - at.start, len(first)
+    turned = turn(first.float().expand(batch, 1, n, d).contiguous(), at).float()[:, 0]
+    there = turned[..., partner]
+    lone = partner == torch.arange(d, device=first.device)
+    other = torch.where(first, -there, turned).masked_fill(lone, 0.0)
+    return torch.where(first, turned, there), other

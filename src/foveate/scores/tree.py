@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..kv import KV
 from ..lists import repeat_heads
+from ..packed import PackedKV
 from ..select import top_indices
 from . import fused
 
@@ -29,6 +30,8 @@ def depth(blocks: int, keep: int) -> int:
 def take_keys(kv: KV, entries: Tensor) -> Tensor:
     """Keys of entries int64 `[B, G, ...]`, 0 <= entry < M, out of any storage: `[B, G, ..., D]`."""
     b, g = entries.shape[:2]
+    if isinstance(kv, PackedKV) and kv.device.type == "cpu":  # on a GPU to unpack a layer costs less than many launches
+        return kv.keys_at(entries.flatten(2)).unflatten(2, entries.shape[2:])
     if kv.kind != "dense":
         return kv.flat()[0][kv.rows(entries)]
     lead = (1,) * (entries.dim() - 2)

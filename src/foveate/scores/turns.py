@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .rotation import Pairs, channels, pair_tables
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..methods.base import AttnInput, Rope
 
 Table = tuple[Tensor, Tensor]
+_HALVES = WeakTensorKeyDictionary()  # partners of a rotation -> `Turns.halves`
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,22 @@ class Turns:
     def partner(self) -> Tensor:
         return self.pairs[0]
 
+    @property
+    def halves(self) -> bool:
+        """Whether each channel of the first half turns with the one as far in the second: the device is asked once for a
+        rotation, and never while a step is captured."""
+        if self.partner not in _HALVES:
+            if self.partner.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False
+            half = len(self.partner) // 2
+            _HALVES[self.partner] = self.partner.tolist() == [*range(half, 2 * half), *range(half)]
+        return bool(_HALVES[self.partner])
+
     def table(self, name: str, make: Callable[[Tensor, slice], Tensor], n: int) -> Table:
         """Factors `[B, n, D]` of own channels and of partners, fp32, for the rotation that `make` carries out on vectors
-        `[B, 2, n, D]`; made once in a forward."""
+        `[B, 1, n, D]`; made once in a forward."""
         if name not in self.held:
-            self.held[name] = pair_tables(make, slice(0, n), len(self.pos), self.pairs[1])
+            self.held[name] = pair_tables(make, slice(0, n), len(self.pos), self.pairs)
         return self.held[name]
 
     def plain(self) -> Table:
@@ -73,10 +86,18 @@ class Turns:
         return self.held[name]
 
     def asked(self, n: int) -> Table:
-        """From position 0 to 0, 1, .., with nothing turned: the factors `[n, D]` of a key's channels where they meet the
-        query's own channels, and where they meet its partner channels. See `kernels/triton/ranked_steps.py`."""
+        """From position 0 to 0, 1, .., n - 1 and to where each row of the batch stands, nothing turned: factors `[n + B, D]`
+        of a key's channels where they meet the query's own channels, and where they meet its partner channels. All that
+        a step turns is found from them: see `kernels/triton/ranked_steps.py`."""
         if ("asked", n) not in self.held:
-            at = torch.arange(n, device=self.pos.device)[None]
-            own, other = pair_tables(lambda y, _: self.rope.rotate(y, at), slice(0, n), 1, self.pairs[1])
-            self.held["asked", n] = own[0].contiguous(), other[0].index_select(-1, self.partner)
+            parts = [torch.arange(n, device=self.pos.device)[None], self.pos.reshape(1, -1)]
+            if getattr(self.rope, "steady", True):  # else angles depend on the longest position that is asked for
+                parts = [torch.cat(parts, 1)]
+            tables = [self._turned(at) for at in parts]
+            own, other = (torch.cat(t, 1)[0] if len(t) > 1 else t[0][0] for t in zip(*tables, strict=True))
+            self.held["asked", n] = own.contiguous(), other.index_select(-1, self.partner)
         return self.held["asked", n]
+
+    def _turned(self, at: Tensor) -> Table:
+        """From position 0 to the positions `[1, n]`: `[1, n, D]`."""
+        return pair_tables(lambda y, _: self.rope.rotate(y, at), slice(0, at.shape[1]), 1, self.pairs)

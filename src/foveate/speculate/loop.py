@@ -52,8 +52,9 @@ def generate(
     The model needs a recipe, applied before, whose decode method drafts: `foveate.apply(model, "pillar_attn")`. A cycle
     drafts `draft` tokens one by one, forgets their keys and values, runs them again in one dense call, and keeps those
     that stand. Under a recipe applied with `graphs=True` drafted steps are replayed as CUDA graphs from one cycle to the
-    next; the verification runs as it is. Greedy tokens are those of dense attention (up to ties in floating point); sampled
-    ones have its distribution. Rows of a batch advance together, by what the worst of them accepted.
+    next, and so is the verification from the third cycle on. Greedy tokens are those of dense attention (up to ties in
+    floating point); sampled ones have its distribution. Rows of a batch advance together, by what the worst of them
+    accepted.
 
     Works as `model.generate(ids, custom_generate=foveate.speculate.generate, ...)` and, with the same options, as
     `foveate.speculate.generate(model, ids, ...)`.
@@ -106,7 +107,11 @@ def _check(recipe: Recipe, config: GenerationConfig, kwargs: dict[str, Any]) -> 
 
 
 class Loop:
-    """One generation. The cache holds all tokens but the last ones, `ids[:, cached:]`, which every cycle runs first."""
+    """One generation. The cache holds all tokens but the last ones, `ids[:, cached:]`, which every cycle runs first.
+
+    A cycle looks at the device twice: at what stands, and at what ended. (Where rows are padded, the rollbacks of a cache
+    look at its padding as well.)
+    """
 
     def __init__(self, model: Any, processor: LogitsProcessorList, config: GenerationConfig, draft: int, stats: Stats):
         self.model, self.processor, self.draft, self.stats = model, processor, draft, stats
@@ -144,19 +149,18 @@ class Loop:
 
     def _cycle(self, ids: Tensor, k: int, alive: Tensor) -> Tensor:
         """int64 `[B, n]`, n >= 1: the tokens that follow `ids`; `alive` bool `[B]`, rows that have not ended."""
-        kept = self.cached
-        drafted, probs, known = [], [], ids
-        for _ in range(k):
-            scores = self._scores(known, self._forward(known, 1)[:, -1])
-            token, p = self._draw(scores)
-            drafted.append(token)
+        kept, n = self.cached, ids.shape[1]
+        known, probs = torch.cat([ids, ids.new_zeros(len(ids), k)], 1), []
+        for i in range(n, n + k):
+            scores = self._scores(known[:, :i], self._forward(known[:, :i], 1)[:, -1])
+            known[:, i], p = self._draw(scores)
             probs.append(p)
-            known = torch.cat([known, token[:, None]], 1)
         self._crop(kept)  # keys and values of a draft were computed from sparse attention
-        logits = self._forward(known, k + 1)
-        n = ids.shape[1]
-        target = torch.stack([self._scores(known[:, : n + i], logits[:, i]) for i in range(k + 1)], 1)
-        guess = torch.stack(drafted, 1)
+        logits, guess = self._forward(known, k + 1), known[:, n:]
+        if self.processor:
+            target = torch.stack([self._scores(known[:, : n + i], logits[:, i]) for i in range(k + 1)], 1)
+        else:
+            target = logits.to(dtype=torch.float32, device=ids.device)
         if self.sample:
             accepted, tokens = reject(guess, torch.stack(probs, 1), target.softmax(-1))
         else:
@@ -170,10 +174,11 @@ class Loop:
     def _append(self, ids: Tensor, tokens: Tensor, alive: Tensor, stop: StoppingCriteriaList) -> tuple[Tensor, Tensor, bool]:
         """Add tokens one by one until every row has ended: (ids, rows still alive, whether there is one)."""
         start, left = ids.shape[1], [alive]
-        for i in range(tokens.shape[1]):
-            token = tokens[:, i] if self.pad is None else torch.where(left[-1], tokens[:, i], self.pad)
-            ids = torch.cat([ids, token[:, None]], 1)
-            left.append(left[-1] & ~stop(ids, None))  # type: ignore[arg-type]
+        ids = torch.cat([ids, tokens], 1)
+        for i in range(start, ids.shape[1]):
+            if self.pad is not None:
+                ids[:, i] = torch.where(left[-1], ids[:, i], self.pad)
+            left.append(left[-1] & ~stop(ids[:, : i + 1], None))  # type: ignore[arg-type]
         counts = torch.stack([row.sum() for row in left]).tolist()  # the one look at what ended
         n = next((i for i, c in enumerate(counts) if c == 0), len(left) - 1)
         self.stats.emitted += sum(counts[:n])

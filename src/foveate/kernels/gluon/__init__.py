@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -24,7 +26,9 @@ from ...layout import Layout
 from ..base import Want
 
 NAME = "gluon"
+Run = Callable[[Tensor, Tensor, Tensor, Layout, float], tuple[Tensor, Tensor]]
 LONGEST = 1 << 24  # rows or keys; key numbers and steps are 32-bit words in the kernel
+_HERE = nullcontext()
 
 
 @cache
@@ -42,23 +46,30 @@ def _missing() -> str | None:
 def supports(q: Tensor, kv: KV, layout: Layout, want: Want) -> str | None:
     if want.mass or want.softcap:
         return "it returns no mass and has no softcap"
-    if (why := _unserved_layout(layout)) is not None:
-        return why
-    if (why := _unpaired(layout, kv.shape[1])) is not None and not _private(layout):
-        return why
     if kv.kind != "dense":
         return f"it reads dense storage, not {kv.kind}"
+    if (why := _unserved_layout(layout)) is not None:
+        return why
+    _, g, _, _, dv = kv.shape
+    if not _private(layout) and (why := _unpaired(layout, g)) is not None:
+        return why
     if kv.len is not None or kv.bias is not None:
         return "it has no rows of different length and no entry weights"
     if kv.pos is not None and layout.causal:
         return "positions are not entry numbers"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bf16 and fp16, not {str(q.dtype).removeprefix('torch.')}"
-    if q.shape[-1] not in (64, 128) or kv.shape[4] != q.shape[-1]:
-        return f"it has head dims 64 and 128 with values as wide as keys, not {q.shape[-1]} and {kv.shape[4]}"
-    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
+    d = q.shape[-1]
+    if d not in (64, 128) or dv != d:
+        return f"it has head dims 64 and 128 with values as wide as keys, not {d} and {dv}"
+    if not _hopper(q.device):
         return "it needs a Hopper GPU"
     return _missing()
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _unserved_layout(layout: Layout) -> str | None:
@@ -136,13 +147,28 @@ def tiling(layout: Layout) -> tuple[int, int] | None:
 def forward(
     q: Tensor, kv: KV, layout: Layout, *, scale: float, softcap: float, want: Want
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    from . import private
-    from .launch import run
-    from .prepare import prepare
-
-    with torch.cuda.device(q.device):
-        if _unpaired(layout, kv.shape[1]) is not None:
-            out, lse = private.run(q, kv.k, kv.v, layout, private.prepare(layout, q.device), scale)
-            return out, lse if want.lse else None, None
-        out, lse = run(q, kv.k, kv.v, layout, prepare(layout, q.device), scale)
+    shared, private = _runs()
+    run = shared if _unpaired(layout, kv.k.shape[1]) is None else private
+    with _on(q.device):
+        out, lse = run(q, kv.k, kv.v, layout, scale)
     return out, lse if want.lse else None, None
+
+
+@cache
+def _runs() -> tuple[Run, Run]:
+    """Forward of everything but, and of, lists of 64-row blocks that each head has for itself: (q, k, v, layout, scale) in,
+    (out, lse) out. Imported by the first call, looked up once."""
+    from . import launch, prepare, private
+
+    def shared_lists(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+        return launch.run(q, k, v, layout, prepare.prepare(layout, q.device), scale)
+
+    def private_lists(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+        return private.run(q, k, v, layout, private.prepare(layout, q.device), scale)
+
+    return shared_lists, private_lists
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """`torch.cuda.device`, which costs more than to find out that there is nothing to do."""
+    return _HERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)

@@ -13,9 +13,7 @@ from .shim import (
     partition_barrier,
     tma_load,
 )
-from .tile import open_tile
-
-WORDS = gl.constexpr(8)  # words of a tile: steps, masked, tail, query block, batch row, head, window, sink
+from .tile import WORDS, leave_tile, open_tile
 
 
 @gluon.jit
@@ -132,12 +130,7 @@ def produce(q_desc, k_desc, v_desc, bufs, bars, counter, lists, strides, rows, r
         turn = qt & 1
         for c in gl.static_range(2):
             mbarrier.wait(q_empty.index(turn * 2 + c), ((qt >> 1) & 1) ^ 1)
-        tile_words.index(turn * WORDS).store(one * n)
-        tile_words.index(turn * WORDS + 1).store(one * masked)
-        tile_words.index(turn * WORDS + 2).store(one * tail)
-        tile_words.index(turn * WORDS + 3).store(one * block)
-        tile_words.index(turn * WORDS + 4).store(one * b)
-        tile_words.index(turn * WORDS + 5).store(one * h)
+        leave_tile(tile_words, turn * WORDS, one, n, masked, tail, block, b, h)
         if RULE:
             tile_words.index(turn * WORDS + 6).store(one * window)
             tile_words.index(turn * WORDS + 7).store(one * sink)

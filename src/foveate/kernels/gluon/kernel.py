@@ -17,8 +17,9 @@ Rules walk the window backwards, then the sink. All steps between run bare.
 `masks.py` holds the masks, and what a masked score is.
 """
 
-from .feed import WORDS, produce, ring
-from .masks import HIDDEN, LINE, mask_keys, mask_places, mask_rule, word
+from . import softmax
+from .feed import produce, ring
+from .masks import LINE, mask_keys, mask_places, mask_rule, word
 from .shim import (
     as_blocks,
     fence_async_shared,
@@ -31,8 +32,7 @@ from .shim import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-LN2 = gl.constexpr(0.6931471805599453)
+from .tile import WORDS, read_tile
 
 
 # ---------------------------------------------------------------------- consumer
@@ -49,12 +49,6 @@ def _mask(s, words, places, slot, row_pos, window, sink, WG: gl.constexpr, CAUSA
     else:
         s = mask_keys(s, words, slot, row_pos, CAUSAL, WIDTH)
     return s
-
-
-@gluon.jit
-def _row_sums(p):
-    """Sums over columns that one thread holds: `[64, 8]`; the 8 are added once a tile."""
-    return gl.sum(p.reshape([64, 16, 8]), 1)
 
 
 @gluon.jit
@@ -78,15 +72,11 @@ def _step(q, k_bufs, v_bufs, words, places, full, empty, it, o, m, l, pb, scale_
         top = gl.max(s, 1)
     else:
         top = gl.max(s, 1)
-    top = gl.maximum(m, top * scale_log2)
-    alpha = gl.exp2(m - top)
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(top, 1))
-    l = l * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout), assert_trivial=True), 1)
-    l = l + _row_sums(p)
+    m, l, p, alpha = softmax.advance(s, top, m, l, scale_log2)
     o = warpgroup_mma_wait(0, deps=[o])
     mbarrier.arrive(empty.index(slot), count=1)
     o = o * gl.expand_dims(gl.convert_layout(alpha, O), 1)
-    return o, top, l, gl.convert_layout(p.to(pb.dtype), P)
+    return o, m, l, gl.convert_layout(p.to(pb.dtype), P)
 
 
 @gluon.jit
@@ -116,12 +106,7 @@ def _consumer(WG: gl.constexpr, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M
 
     # the first step of the first tile
     mbarrier.wait(q_full.index(WG), 0)
-    n = word(tile_words, 0)
-    masked = word(tile_words, 1)
-    tail = word(tile_words, 2)
-    block = word(tile_words, 3)
-    b = word(tile_words, 4)
-    h = word(tile_words, 5)
+    n, masked, tail, block, b, h = read_tile(tile_words, 0)
     window = 0
     sink = 0
     if RULE:
@@ -134,9 +119,7 @@ def _consumer(WG: gl.constexpr, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M
     s = _mask(s, step_words, places, 0, rows + block * BLOCK, window, sink, WG, CAUSAL, WIDTH, COLS, RULE, DIAG)
     mbarrier.arrive(empty.index(0), count=1)
     it += 1
-    m = gl.max(s, 1) * scale_log2
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(m, 1))
-    l = _row_sums(p)
+    m, l, p = softmax.begin(s, scale_log2)
     pb = gl.convert_layout(p.to(DT), P)
 
     while n > 0:
@@ -155,12 +138,7 @@ def _consumer(WG: gl.constexpr, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M
         qt += 1
         turn = qt & 1
         mbarrier.wait(q_full.index(turn * 2 + WG), (qt >> 1) & 1)
-        n_next = word(tile_words, turn * WORDS)
-        masked_next = word(tile_words, turn * WORDS + 1)
-        tail_next = word(tile_words, turn * WORDS + 2)
-        block_next = word(tile_words, turn * WORDS + 3)
-        b_next = word(tile_words, turn * WORDS + 4)
-        h_next = word(tile_words, turn * WORDS + 5)
+        n_next, masked_next, tail_next, block_next, b_next, h_next = read_tile(tile_words, turn * WORDS)
         if RULE:
             window = word(tile_words, turn * WORDS + 6)
             sink = word(tile_words, turn * WORDS + 7)
@@ -173,17 +151,14 @@ def _consumer(WG: gl.constexpr, o_desc, bufs, bars, lse_ptr, scale_log2, H, N, M
         s = _mask(s, step_words, places, slot, rows + block_next * BLOCK, window, sink, WG, CAUSAL, WIDTH, COLS, RULE, DIAG)
         m_tile = gl.convert_layout(m, R)
         l_tile = gl.convert_layout(gl.sum(l, 1), R)
-        m = gl.max(s, 1) * scale_log2
-        p = gl.exp2(s * scale_log2 - gl.expand_dims(m, 1))
-        l = _row_sums(p)
+        m, l, p = softmax.begin(s, scale_log2)
         o = warpgroup_mma_wait(0, deps=[o])
         mbarrier.arrive(empty.index(slot), count=1)
         it += 1
         pb = gl.convert_layout(p.to(DT), P)
 
         # epilogue
-        seen = m_tile > scale_log2 * (0.5 * HIDDEN)
-        lse = gl.where(seen, (m_tile + gl.log2(l_tile)) * LN2, float("-inf"))
+        seen, lse = softmax.end(m_tile, l_tile, scale_log2)
         row = block * BLOCK + out_rows
         gl.store(lse_ptr + (b * H + h + AHEAD).to(gl.int64) * N + row, lse, mask=row < N)
         o = gl.where(gl.expand_dims(seen, 1), o * gl.expand_dims(1.0 / l_tile, 1), 0.0)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...layout import Layout
+from ..relaunch import Arguments, Like
+from ..relaunch import launch as again
 from .kernel import attend_kernel
 from .prepare import BLOCK_Q, Work
 from .shim import TensorDescriptor, gl, shared_layout
@@ -20,8 +22,16 @@ DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, work: Work, scale: float) -> tuple[Tensor, Tensor]:
     """(out with the strides of q, lse fp32 `[B, H, N]`). `work` is fresh from `prepare`: its counter is 0."""
     q, k, v, out, lse, scale = opened(q, k, v, scale)
-    args, options = arguments(q, k, v, out, lse, layout, work, scale)
-    attend_kernel[(min(grid(q, work), _multiprocessors(q.device)),)](*args, **options)
+    tensors = (q, k, v, out, lse, work.counter, work.tiles, work.plan, work.columns, work.cover)
+    facts = (
+        layout.causal, layout.full, scale, work.share, work.width, work.rule, work.block, work.group, work.ahead, work.lag,
+    )  # fmt: skip
+
+    def build() -> Arguments:
+        ctas = min(grid(q, work), _multiprocessors(q.device))
+        return (ctas,), *arguments(q, k, v, out, lse, layout, work, scale)
+
+    again(attend_kernel, tensors, facts, build)
     return out, lse
 
 
@@ -30,7 +40,7 @@ def opened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     if scale <= 0:
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k, v = readable(q), readable(k), readable(v)
-    return q, k, v, torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device), scale
+    return q, k, v, torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), scale
 
 
 def grid(q: Tensor, work: Work) -> int:
@@ -65,14 +75,28 @@ def arguments(
 
 def readable(t: Tensor) -> Tensor:
     """`t`, or a copy if TMA cannot walk it: unit stride along D, the others positive multiples of 16 bytes."""
-    odd = any(s <= 0 or s % 8 for s, size in zip(t.stride()[:-1], t.shape[:-1]) if size > 1)
-    return t.contiguous() if odd or t.stride(-1) != 1 or t.data_ptr() % 16 else t
+    if t.data_ptr() % 16 == 0 and _walks(t.shape, t.stride()):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=512)
+def _walks(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    return strides[-1] == 1 and all(s > 0 and s % 8 == 0 for s, size in zip(strides[:-1], shape[:-1]) if size > 1)
 
 
 def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    """A TMA descriptor of `[B, H, N, D]`; the stride of an axis of length 1 may be anything in torch."""
-    strides = [s if size > 1 else t.shape[-1] for s, size in zip(t.stride()[:-1], t.shape[:-1])]
-    return TensorDescriptor(t, list(t.shape), [*strides, 1], block, shared_layout(block, DTYPES[t.dtype]))
+    """A TMA descriptor of `[B, H, N, D]`."""
+    assert t.data_ptr() % 16 == 0
+    return _like(t.shape, t.stride(), t.dtype, tuple(block)).over(t)
+
+
+@lru_cache(maxsize=512)
+def _like(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, block: tuple[int, ...]) -> Like:
+    """The descriptor of such tensors; the stride of an axis of length 1 may be anything in torch."""
+    steps = [s if size > 1 else shape[-1] for s, size in zip(strides[:-1], shape[:-1])]
+    some = torch.empty(0, dtype=dtype)
+    return Like.of(TensorDescriptor(some, list(shape), [*steps, 1], list(block), shared_layout(block, DTYPES[dtype])))
 
 
 @cache

@@ -63,7 +63,7 @@ def mask_rule(s, words, slot, row_pos, window, sink):
 
 @gluon.jit
 def mask_places(s, places, slot, row_pos, CAUSAL: gl.constexpr):
-    """Scores `[64, 128]` of keys whose positions (all below M, or NOWHERE) lie in row `slot` of `places`."""
+    """Scores `[64, KEYS]` of keys whose positions (all below M, or NOWHERE) lie in row `slot` of `places`."""
     key = gl.expand_dims(places.index(slot).load(gl.SliceLayout(0, s.type.layout)), 0)
     if CAUSAL:
         return gl.where(key <= gl.expand_dims(row_pos, 1), s, HIDDEN)

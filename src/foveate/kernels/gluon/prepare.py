@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ...layout import Layout
 from ...lists import same_lead
+from ..relaunch import Arguments
+from ..relaunch import launch as again
 
 BLOCK_Q = 128
 
@@ -61,12 +63,37 @@ class Work:
         return many * sb, sh, sq, many * hl * nq, many * of[0], of[1], of[2]
 
 
+@triton.jit
+def seen_tiles(row, count, common, close, WIDTH: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr):
+    """(entries of a list that some row of a tile sees; how many of them, the last ones, fill no step of SPAN keys and are a
+    masked one of their own; how many of the steps before that need a mask).
+
+    An entry needs a mask if a row must not see one of its keys, or if the next entry begins inside it and owns them; so do
+    all after the first such.
+
+    common, close: keys before `common` are seen by every row, keys from `close` on by none.
+    """
+    used = 0
+    bare = count  # entries before the first that needs a mask
+    for lo in range(0, count, CHUNK):
+        i = lo + tl.arange(0, CHUNK)
+        start = tl.load(row + i, mask=i < count, other=2147483647)
+        after = tl.load(row + i + 1, mask=i + 1 < count, other=2147483647)
+        live = start < close
+        used += tl.sum(live.to(tl.int32), 0)
+        partial = live & ((start > common - WIDTH) | (after - start < WIDTH))
+        bare = tl.minimum(bare, tl.min(tl.where(partial, i, count), 0))
+    hidden = tl.maximum(used - bare, 0)
+    FILL: tl.constexpr = SPAN // WIDTH
+    odd = used % FILL
+    return used, odd, (tl.maximum(hidden - odd, 0) + FILL - 1) // FILL
+
+
 @triton.jit(do_not_specialize=["HL", "NQ", "N", "M", "group", "ahead", "halvings"])
 def plan_kernel(tiles, counts, cols, col_counts, plan, counter, sb, sh, sq, cb, ch, cq, eb, eh, eq, fb, fh, fq, HL, NQ, N, M,
                 group, ahead, halvings, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, COLS: tl.constexpr,
                 BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """One program a tile of a list. A step holds 128 // WIDTH entries; where they do not fill the steps, the last entries
-    are a step of their own. Entries that no row of this tile sees (its list may serve later ones, too) are not used.
+    """One program a tile of a list. Entries that no row of this tile sees (its list may serve later ones, too) are not used.
 
     Columns (COLS): those that no row sees are not used, and whole steps of 128 that every row sees need no mask. Both
     numbers come from a search by halves (2 ** halvings is more than the columns of any list): a list that serves many
@@ -84,21 +111,8 @@ def plan_kernel(tiles, counts, cols, col_counts, plan, counter, sb, sh, sq, cb, 
     if CAUSAL:
         common = tl.minimum(M - N + block * BLOCK + 1, M)
         close = M - N + tl.minimum(block * BLOCK + BLOCK, N)
-    lane = tl.arange(0, CHUNK)
-    used = 0
-    bare = count  # entries before the first that needs a mask
-    for lo in range(0, count, CHUNK):
-        i = lo + lane
-        start = tl.load(row + i, mask=i < count, other=2147483647)
-        after = tl.load(row + i + 1, mask=i + 1 < count, other=2147483647)
-        live = start < close
-        used += tl.sum(live.to(tl.int32), 0)
-        partial = live & ((start > common - WIDTH) | (after - start < WIDTH))
-        bare = tl.minimum(bare, tl.min(tl.where(partial, i, count), 0))
-    hidden = tl.maximum(used - bare, 0)
-    FILL: tl.constexpr = 128 // WIDTH
-    odd = used % FILL
-    steps = (odd > 0).to(tl.int32) + (tl.maximum(hidden - odd, 0) + FILL - 1) // FILL
+    used, odd, steps = seen_tiles(row, count, common, close, WIDTH, 128, CHUNK)
+    steps = (odd > 0).to(tl.int32) + steps
     PLAN: tl.constexpr = 4 if COLS else 2
     tl.store(plan + pid * PLAN, used)
     tl.store(plan + pid * PLAN + 1, tl.maximum(steps, 1))
@@ -142,11 +156,15 @@ def prepare(layout: Layout, device: torch.device) -> Work:
     work = Work(counter, tiles, plan, h // hl, columns, width, block=block, group=group, ahead=ahead)
     columns, column_counts = (columns, column_counts) if cols else (tiles, counts)
     assert columns is not None and column_counts is not None
-    plan_kernel[(b * hl * nq,)](
-        tiles, counts, columns, column_counts, plan, counter, *tiles.stride()[:3], *counts.stride(),
-        *columns.stride()[:3], *column_counts.stride(), hl, nq, n, m, group, ahead, columns.shape[-1].bit_length(),
-        WIDTH=width, CAUSAL=layout.causal, COLS=cols, BLOCK=block, CHUNK=128, num_warps=1,
-    )  # fmt: skip
+    tensors = tiles, counts, columns, column_counts, plan, counter
+
+    def build() -> Arguments:
+        strides = *tiles.stride()[:3], *counts.stride(), *columns.stride()[:3], *column_counts.stride()
+        args = [*tensors, *strides, hl, nq, n, m, group, ahead, columns.shape[-1].bit_length()]
+        options = dict(WIDTH=width, CAUSAL=layout.causal, COLS=cols, BLOCK=block, CHUNK=128, num_warps=1)
+        return (b * hl * nq,), args, options
+
+    again(plan_kernel, tensors, (n, m, width, block, group, ahead, layout.causal, cols), build)
     return work
 
 

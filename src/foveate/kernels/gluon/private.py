@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import Layout
+from ..relaunch import Arguments
+from ..relaunch import launch as again
 from .launch import DTYPES, _descriptor, _multiprocessors, opened
-from .prepare import lists
+from .prepare import lists, seen_tiles
 from .private_kernel import private_kernel
 from .shim import shared_layout
 
@@ -44,9 +46,7 @@ class Private:
 @triton.jit
 def plan_kernel(tiles, counts, cols, col_counts, plan, counter, sb, sh, sq, cb, ch, cq, eb, eh, eq, fb, fh, fq, HL, NQ, N, M,
                 skew, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """One program a list. A tile needs a mask if a row of the block must not see one of its keys, or if the next tile begins
-    inside it and owns them; so do all after the first such. A step holds 64 // WIDTH tiles, the first of an odd
-    list one."""
+    """One program a list: what the rows of its block see of it."""
     pid = tl.program_id(0)
     block = pid % NQ
     head = (pid // NQ) % HL
@@ -59,26 +59,14 @@ def plan_kernel(tiles, counts, cols, col_counts, plan, counter, sb, sh, sq, cb, 
         first = block * 64 - skew
         common = tl.minimum(M - N + tl.maximum(first, 0) + 1, M)
         close = M - N + tl.minimum(first + 64, N)
-    lane = tl.arange(0, CHUNK)
-    used = 0
-    bare = count  # entries before the first that needs a mask
-    for lo in range(0, count, CHUNK):
-        i = lo + lane
-        start = tl.load(row + i, mask=i < count, other=2147483647)
-        after = tl.load(row + i + 1, mask=i + 1 < count, other=2147483647)
-        live = start < close
-        used += tl.sum(live.to(tl.int32), 0)
-        partial = live & ((start > common - WIDTH) | (after - start < WIDTH))
-        bare = tl.minimum(bare, tl.min(tl.where(partial, i, count), 0))
-    hidden = tl.maximum(used - bare, 0)
-    FILL: tl.constexpr = 64 // WIDTH
-    odd = used % FILL
+    used, odd, steps = seen_tiles(row, count, common, close, WIDTH, 64, CHUNK)
     PLAN: tl.constexpr = 4 if COLS else 2
     tl.store(plan + pid * PLAN, used)
-    tl.store(plan + pid * PLAN + 1, odd + (tl.maximum(hidden - odd, 0) + FILL - 1) // FILL)
+    tl.store(plan + pid * PLAN + 1, odd + steps)  # at most one tile is odd
     if COLS:
         row = cols + b.to(tl.int64) * eb + head.to(tl.int64) * eh + block.to(tl.int64) * eq
         count = tl.load(col_counts + b.to(tl.int64) * fb + head * fh + block * fq)
+        lane = tl.arange(0, CHUNK)
         seen = 0
         whole = 0
         for lo in range(0, count, CHUNK):
@@ -104,19 +92,27 @@ def prepare(layout: Layout, device: torch.device) -> Private:
     work = Private(counter, tiles, plan, columns, width)
     columns, column_counts = (columns, column_counts) if cols else (tiles, counts)
     assert columns is not None and column_counts is not None
-    plan_kernel[(b * hl * nq,)](
-        tiles, counts, columns, column_counts, plan, counter, *tiles.stride()[:3], *counts.stride(), *columns.stride()[:3],
-        *column_counts.stride(), hl, nq, n, m, layout.q_offset, WIDTH=width, CAUSAL=layout.causal, COLS=cols, CHUNK=128,
-        num_warps=1,
-    )  # fmt: skip
+    tensors = tiles, counts, columns, column_counts, plan, counter
+
+    def build() -> Arguments:
+        strides = *tiles.stride()[:3], *counts.stride(), *columns.stride()[:3], *column_counts.stride()
+        args = [*tensors, *strides, hl, nq, n, m, layout.q_offset]
+        return (b * hl * nq,), args, dict(WIDTH=width, CAUSAL=layout.causal, COLS=cols, CHUNK=128, num_warps=1)
+
+    again(plan_kernel, tensors, (n, m, width, layout.q_offset, layout.causal, cols), build)
     return work
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, work: Private, scale: float) -> tuple[Tensor, Tensor]:
     """(out with the strides of q, lse fp32 `[B, H, N]`). `work` is fresh from `prepare`: its counter is 0."""
     q, k, v, out, lse, scale = opened(q, k, v, scale)
-    args, options = arguments(q, k, v, out, lse, layout, work, scale)
-    private_kernel[(min(grid(q, layout), _multiprocessors(q.device)),)](*args, **options)
+    tensors = q, k, v, out, lse, work.counter, work.tiles, work.plan, work.columns
+
+    def build() -> Arguments:
+        ctas = min(grid(q, layout), _multiprocessors(q.device))
+        return (ctas,), *arguments(q, k, v, out, lse, layout, work, scale)
+
+    again(private_kernel, tensors, (layout.causal, layout.q_offset, layout.num_blocks, scale, work.width), build)
     return out, lse
 
 

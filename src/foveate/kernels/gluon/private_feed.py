@@ -21,9 +21,7 @@ from .shim import (
     partition_barrier,
     tma_load,
 )
-from .tile import place
-
-WORDS = gl.constexpr(8)  # words of a tile: steps, masked, tail, query block, batch row, head
+from .tile import WORDS, leave_tile, place
 
 
 @gluon.jit
@@ -140,13 +138,7 @@ def produce(WG: gl.constexpr, q_desc, k_desc, v_desc, bufs, bars, counter, lists
         x = gl.maximum((count + (64 // WIDTH - 1)) // (64 // WIDTH), 1)
         n = x + ((y + 63) >> 6)
         tail = x + whole
-        line = WG * WORDS
-        tile_words.index(line).store(one * n)
-        tile_words.index(line + 1).store(one * masked)
-        tile_words.index(line + 2).store(one * tail)
-        tile_words.index(line + 3).store(one * block)
-        tile_words.index(line + 4).store(one * b)
-        tile_words.index(line + 5).store(one * h)
+        leave_tile(tile_words, WG * WORDS, one, n, masked, tail, block, b, h)
         if COLS:
             partition_barrier()
         mbarrier.arrive(q_bar, count=1)

@@ -18,8 +18,9 @@ Bound by L2: a step of 2.1 MFLOP (D 128) reads 32 KB. Neighbouring tiles are nei
 backwards from the diagonal, so that what they share is read while it is in L2.
 """
 
-from .masks import HIDDEN, NOWHERE, word
-from .private_feed import WORDS, entry, produce
+from . import softmax
+from .masks import mask_places
+from .private_feed import entry, produce
 from .shim import (
     fence_async_shared,
     gl,
@@ -29,27 +30,10 @@ from .shim import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-LN2 = gl.constexpr(0.6931471805599453)
+from .tile import WORDS, read_tile
 
 
 # ---------------------------------------------------------------------- consumer
-@gluon.jit
-def _hide(s, places, slot, row_pos, CAUSAL: gl.constexpr):
-    """Scores `[64, 64]` of the keys whose positions lie in row `slot` of `places`, those that a row must not see hidden."""
-    key = gl.expand_dims(places.index(slot).load(gl.SliceLayout(0, s.type.layout)), 0)
-    if CAUSAL:
-        return gl.where(key <= gl.expand_dims(row_pos, 1), s, HIDDEN)
-    else:
-        return gl.where(key < NOWHERE, s, HIDDEN)
-
-
-@gluon.jit
-def _row_sums(p):
-    """Sums over columns that one thread holds: `[64, 8]`; the 8 are added once a tile."""
-    return gl.sum(p.reshape([64, 8, 8]), 1)
-
-
 @gluon.jit
 def _step(q, k_bufs, v_bufs, places, full, empty, it, o, m, l, pb, scale_log2, row_pos, masked, WG: gl.constexpr,
           CAUSAL: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
@@ -62,19 +46,15 @@ def _step(q, k_bufs, v_bufs, places, full, empty, it, o, m, l, pb, scale_log2, r
     o = warpgroup_mma(pb, v_bufs.index(slot), o, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     if masked:
-        s = _hide(s, places, slot, row_pos, CAUSAL)
+        s = mask_places(s, places, slot, row_pos, CAUSAL)
         top = gl.max(s, 1)
     else:
         top = gl.max(s, 1)
-    top = gl.maximum(m, top * scale_log2)
-    alpha = gl.exp2(m - top)
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(top, 1))
-    l = l * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout), assert_trivial=True), 1)
-    l = l + _row_sums(p)
+    m, l, p, alpha = softmax.advance(s, top, m, l, scale_log2)
     o = warpgroup_mma_wait(0, deps=[o])
     mbarrier.arrive(empty.index(slot), count=1)
     o = o * gl.expand_dims(gl.convert_layout(alpha, O), 1)
-    return o, top, l, gl.convert_layout(p.to(pb.dtype), P)
+    return o, m, l, gl.convert_layout(p.to(pb.dtype), P)
 
 
 @gluon.jit
@@ -84,13 +64,7 @@ def _take(q_bufs, words, q_full, q_empty, qt, WG: gl.constexpr, Q: gl.constexpr)
     What lay in shared memory is given back at once.
     """
     mbarrier.wait(q_full.index(WG), qt & 1)
-    line = WG * WORDS
-    n = word(words, line)
-    masked = word(words, line + 1)
-    tail = word(words, line + 2)
-    block = word(words, line + 3)
-    b = word(words, line + 4)
-    h = word(words, line + 5)
+    n, masked, tail, block, b, h = read_tile(words, WG * WORDS)
     q = q_bufs.index(WG).load(Q)
     partition_barrier()
     mbarrier.arrive(q_empty.index(WG), count=1)
@@ -123,12 +97,10 @@ def _consume(WG: gl.constexpr, out_ptr, lse_ptr, bufs, bars, out_sb, out_sh, out
     mbarrier.wait(full.index(slot), phase)
     s = warpgroup_mma(q, k_bufs.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    s = _hide(s, places, slot, rows + block * 64, CAUSAL)
+    s = mask_places(s, places, slot, rows + block * 64, CAUSAL)
     mbarrier.arrive(empty.index(slot), count=1)
     it += 1
-    m = gl.max(s, 1) * scale_log2
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(m, 1))
-    l = _row_sums(p)
+    m, l, p = softmax.begin(s, scale_log2)
     pb = gl.convert_layout(p.to(DT), P)
 
     while n > 0:
@@ -150,20 +122,17 @@ def _consume(WG: gl.constexpr, out_ptr, lse_ptr, bufs, bars, out_sb, out_sh, out
         s = warpgroup_mma(q, k_bufs.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         o = warpgroup_mma(pb, v_bufs.index(slot), o, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        s = _hide(s, places, slot, rows + block_next * 64, CAUSAL)
+        s = mask_places(s, places, slot, rows + block_next * 64, CAUSAL)
         m_tile = gl.convert_layout(m, R)
         l_tile = gl.convert_layout(gl.sum(l, 1), R)
-        m = gl.max(s, 1) * scale_log2
-        p = gl.exp2(s * scale_log2 - gl.expand_dims(m, 1))
-        l = _row_sums(p)
+        m, l, p = softmax.begin(s, scale_log2)
         o = warpgroup_mma_wait(0, deps=[o])
         mbarrier.arrive(empty.index(slot), count=1)
         it += 1
         pb = gl.convert_layout(p.to(DT), P)
 
         # epilogue
-        seen = m_tile > scale_log2 * (0.5 * HIDDEN)
-        lse = gl.where(seen, (m_tile + gl.log2(l_tile)) * LN2, float("-inf"))
+        seen, lse = softmax.end(m_tile, l_tile, scale_log2)
         row = block * 64 + out_rows
         stored = (row >= 0) & (row < N)
         gl.store(lse_ptr + (b * H + h).to(gl.int64) * N + row, lse, mask=stored)

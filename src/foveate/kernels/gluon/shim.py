@@ -5,6 +5,9 @@ Gluon is `triton.experimental`: names change with every release. What changed so
 (`gl.thread_barrier`), `memdesc.reinterpret` (`_reinterpret`).
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -55,9 +58,14 @@ else:
         return buf._reinterpret(desc.dtype, [COUNT, 1, 1, ROWS, COLS], desc.layout)
 
 
-def shared_layout(block: list[int], dtype: gl.dtype) -> gl.NVMMASharedLayout:
+def shared_layout(block: Sequence[int], dtype: gl.dtype) -> gl.NVMMASharedLayout:
     """The swizzled shared-memory layout that TMA writes and wgmma reads for a block of this shape."""
-    return gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return _shared_layout(tuple(block), dtype)
+
+
+@lru_cache(maxsize=256)
+def _shared_layout(block: tuple[int, ...], dtype: gl.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
 
 
 def compile_sm90(fn, args, options):  # type: ignore[no-untyped-def]

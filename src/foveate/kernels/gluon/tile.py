@@ -1,6 +1,32 @@
-"""What a tile is: its place among heads and rows, and the steps it has under a rule, a dense layout or its list."""
+"""What a tile is: its place among heads and rows, the steps it has under a rule, a dense layout or its list, and the words
+in shared memory by which a producer tells consumers of it."""
 
+from .masks import word
 from .shim import gl, gluon
+
+WORDS = gl.constexpr(8)  # of a tile: steps, masked, tail, query block, batch row, head; window and sink of a rule
+
+
+@gluon.jit
+def leave_tile(words, line, one, n, masked, tail, block, b, h):
+    """The producer's part: words `line` to `line + 5`. one: int32 1 of the partition's layout."""
+    words.index(line).store(one * n)
+    words.index(line + 1).store(one * masked)
+    words.index(line + 2).store(one * tail)
+    words.index(line + 3).store(one * block)
+    words.index(line + 4).store(one * b)
+    words.index(line + 5).store(one * h)
+
+
+@gluon.jit
+def read_tile(words, line):
+    """A consumer's part: (steps, masked steps, tail, query block, batch row, head)."""
+    n = word(words, line)
+    masked = word(words, line + 1)
+    tail = word(words, line + 2)
+    block = word(words, line + 3)
+    b = word(words, line + 4)
+    return n, masked, tail, block, b, word(words, line + 5)
 
 
 @gluon.jit

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...kv import KV
 from ...layout import RULE_FIELDS, Layout
 from ..base import Want
-from . import dense_decode_launch, paging_launch, tokens, walk
+from . import dense_decode_launch, paging_launch, tokens, walk, walk_lists
 from .config import config, device, rows_limit
 
 NAME = "triton"
@@ -210,7 +210,7 @@ def _compact(layout: Layout, args: dict[str, Any], lead: tuple[int, int], first:
         return
     out = torch.empty(batch, lists, here, width, dtype=torch.int32, device=columns.device)
     count = torch.empty(batch, lists, here, dtype=torch.int32, device=columns.device)
-    walk.compact_columns[(here, batch * lists)](
+    walk_lists.compact_columns[(here, batch * lists)](
         columns, _tight(layout.column_count), diagonals, _tight(layout.diagonal_count), args["q_pos"], out, count,
         layout.shape[3], args["q_offset"], first, args["end0"], args["qp_sb"],
         *_lead(columns, lists, 1), width, *_lead(diagonals, lists, 1), diagonals.shape[-1], lists,

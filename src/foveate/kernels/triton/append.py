@@ -1,7 +1,9 @@
-"""One token of every row into a dense cache: key, value, length and the bounds of the page it joins, in one launch.
+"""One token of every row into a dense cache: key, value, length and the bounds of the page it joins, in one launch; or a
+few tokens, without bounds.
 
 Everything a step changes in a layer's cache before attention reads it. Lengths are read and written on the device, so the
-launch can be captured in a CUDA graph. `paging_launch.py` calls it; page bounds are those of `paging.update_bounds`.
+launch can be captured in a CUDA graph. `paging_launch.py` calls it, for a few tokens `append_launch.py`; page bounds are
+those of `paging.update_bounds`.
 """
 
 from __future__ import annotations
@@ -61,3 +63,34 @@ def append_token(
     tl.store(said + row, at + 1)
     if g == 0:
         tl.store(seen + b, before + 1)
+
+
+@triton.jit
+def append_tokens(
+    new_k, new_v, k, v, now, seen, said,
+    groups, nk_s0, nk_sg, nk_sn, nv_s0, nv_sg, nv_sn, k_s0, k_sg, k_sm, v_s0, v_sg, v_sm,
+    NEW: tl.constexpr, NEW_PAD: tl.constexpr,  # tokens of a row
+    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+):  # fmt: skip
+    """The same for new_k, new_v `[B, G, NEW, D]`, every row having as many, without bounds. grid: (B * G,)."""
+    row = tl.program_id(0)
+    b = (row // groups).to(tl.int64)
+    g = (row % groups).to(tl.int64)
+    at = tl.load(now + row)
+    before = tl.load(seen + b)
+    i = tl.arange(0, NEW_PAD)
+    real = (i < NEW)[:, None]
+    to = (at + i).to(tl.int64)
+    d = tl.arange(0, D_PAD)
+    dv = tl.arange(0, DV_PAD)
+    key = _read(new_k + b * nk_s0 + g * nk_sg, i.to(tl.int64) * nk_sn, i < NEW, d, D, D_PAD, True)
+    value = _read(new_v + b * nv_s0 + g * nv_sg, i.to(tl.int64) * nv_sn, i < NEW, dv, DV, DV_PAD, True)
+    k += b * k_s0 + g * k_sg
+    v += b * v_s0 + g * v_sg
+    tl.store(k + to[:, None] * k_sm + d[None, :], key, mask=real & (d < D)[None, :])
+    tl.store(v + to[:, None] * v_sm + dv[None, :], value, mask=real & (dv < DV)[None, :])
+    tl.debug_barrier()  # every warp has read the counts before one of them writes them
+    tl.store(now + row, at + NEW)
+    tl.store(said + row, at + NEW)
+    if g == 0:
+        tl.store(seen + b, before + NEW)

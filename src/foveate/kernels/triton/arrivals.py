@@ -86,8 +86,8 @@ def _of_capture(n: int, part: Tensor) -> Tensor:
 
 
 @triton.jit
-def leave(part, part_lse, slot, arrived, n, acc, m, l, r, dv, PACK: tl.constexpr, DV: tl.constexpr):
-    """Store a partial result and count this program; whether it is the last of n. arrived: the row's counter.
+def put(part, part_lse, slot, acc, m, l, r, dv, PACK: tl.constexpr, DV: tl.constexpr):
+    """Store a partial result.
 
     acc `[TILE, DV_PAD]` is not yet divided by l; m and l `[TILE]` are in units of log 2, as is part_lse fp32 `[slots, PACK]`
     (-inf for rows that saw nothing). part is fp32 `[slots, PACK, DV]`.
@@ -98,6 +98,15 @@ def leave(part, part_lse, slot, arrived, n, acc, m, l, r, dv, PACK: tl.constexpr
     x = acc / tl.where(some, l, 1.0)[:, None]
     tl.store(part + at[:, None] * DV + dv[None, :], x, mask=live[:, None] & (dv < DV)[None, :])
     tl.store(part_lse + at, tl.where(some, m + tl.log2(tl.where(some, l, 1.0)), float("-inf")), mask=live)
+
+
+@triton.jit
+def leave(part, part_lse, slot, arrived, n, acc, m, l, r, dv, PACK: tl.constexpr, DV: tl.constexpr):
+    """Store a partial result and count this program; whether it is the last of n. arrived: the row's counter.
+
+    Tensors as `put` describes them.
+    """
+    put(part, part_lse, slot, acc, m, l, r, dv, PACK, DV)
     tl.debug_barrier()  # every warp has stored before one of them says so
     before = tl.atomic_add(arrived, 1, sem="acq_rel")
     return before == n - 1
@@ -107,18 +116,30 @@ def leave(part, part_lse, slot, arrived, n, acc, m, l, r, dv, PACK: tl.constexpr
 def merge(part, part_lse, slot, n, arrived, out, lse, row, PACK: tl.constexpr, PACK_PAD: tl.constexpr,
           DV: tl.constexpr, DV_PAD: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
           LSE: tl.constexpr):  # fmt: skip
-    """Rows row .. row + PACK of out `[rows, DV]` and lse `[rows]` (natural log) from n slots, `slot` being the first.
-
-    STAGES: more than 1 reads ahead, at the price of about 20 registers.
-    """
+    """`gather` of all PACK queries, by the last program of a row."""
     tl.store(arrived, 0)
-    r = tl.arange(0, PACK_PAD)
+    gather(part, part_lse, slot, n, out, lse, row, 0, PACK, PACK_PAD, DV, DV_PAD, CHUNK, STAGES, LSE)
+
+
+@triton.jit
+def gather(part, part_lse, slot, n, out, lse, row, begin, PACK: tl.constexpr, PIECE: tl.constexpr,
+           DV: tl.constexpr, DV_PAD: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+           LSE: tl.constexpr):  # fmt: skip
+    """PIECE queries of PACK, from number `begin` on, from n slots, `slot` being the first.
+
+    They are rows row + begin .. of out `[rows, DV]` and lse `[rows]` (natural log). PIECE: a power of two. STAGES: more than
+    1 reads ahead, at the price of about 20 registers.
+
+    Each of CHUNK lanes has a softmax of its own over every CHUNK-th slot, and they meet once, at the end: a step asks for
+    its numbers in one go and exchanges nothing between warps but the weights.
+    """
+    r = begin + tl.arange(0, PIECE)
     dv = tl.arange(0, DV_PAD)
     i = tl.arange(0, CHUNK)
     live = r < PACK
-    top = tl.full([PACK_PAD], FLOOR, tl.float32)
-    total = tl.zeros([PACK_PAD], tl.float32)
-    acc = tl.zeros([PACK_PAD, DV_PAD], tl.float32)
+    top = tl.full([CHUNK, PIECE], FLOOR, tl.float32)
+    total = tl.zeros([CHUNK, PIECE], tl.float32)
+    acc = tl.zeros([CHUNK, PIECE, DV_PAD], tl.float32)
     for c in tl.range(0, n, CHUNK, num_stages=STAGES):
         at = (slot + c + i).to(tl.int64)[:, None] * PACK + r[None, :]
         ok = (c + i < n)[:, None] & live[None, :]
@@ -130,18 +151,22 @@ def merge(part, part_lse, slot, n, arrived, out, lse, row, PACK: tl.constexpr, P
             other=0.0,
             cache_modifier=".cg",
         )
-        high = tl.maximum(top, tl.max(w, 0))
-        w = tl.exp2(w - high[None, :])
+        high = tl.maximum(top, w)
+        w = tl.exp2(w - high)
         shrink = tl.exp2(top - high)
-        total = total * shrink + tl.sum(w, 0)
-        acc = acc * shrink[:, None] + tl.sum(x * w[:, :, None], 0)
+        total = total * shrink + w
+        acc = acc * shrink[:, :, None] + x * w[:, :, None]
         top = high
+    high = tl.max(top, 0)
+    w = tl.exp2(top - high[None, :])
+    total = tl.sum(total * w, 0)
     some = total > 0
-    acc = acc / tl.where(some, total, 1.0)[:, None]
+    acc = tl.sum(acc * w[:, :, None], 0) / tl.where(some, total, 1.0)[:, None]
     at = (row + r).to(tl.int64)
     tl.store(out + at[:, None] * DV + dv[None, :], acc.to(out.dtype.element_ty), mask=live[:, None] & (dv < DV)[None, :])
     if LSE:
-        tl.store(lse + at, tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf")), mask=live)
+        y = tl.where(some, (high + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf"))
+        tl.store(lse + at, y, mask=live)
 
 
 def chunk(pack: int, dv: int, warps: int = 4) -> int:

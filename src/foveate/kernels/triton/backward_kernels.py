@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from .inverse import LIST_BITS
-from .walk import BIG, LOG2E, _survey
+from .steps import BIG, LOG2E
+from .walk_lists import _survey
 
 MASK = tl.constexpr((1 << LIST_BITS) - 1)
 BITS = tl.constexpr(LIST_BITS)

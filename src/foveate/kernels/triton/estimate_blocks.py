@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .walk import FLOOR, LOG2E, _logits, _read
+from .steps import FLOOR, LOG2E, _logits, _read
 
 
 @triton.jit(do_not_specialize=["n", "offset"])

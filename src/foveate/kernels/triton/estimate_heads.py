@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .estimate_rows_lists import _best
-from .walk import LOG2E, _logits
+from .steps import LOG2E, _logits
 
 
 @triton.jit(do_not_specialize=["m"])

@@ -50,16 +50,21 @@ def _probe_stages(index: int | None, rows: int, d: int, size: int) -> int:
     return 0
 
 
-def last_queries(q: Tensor, kv: KV, rows: int, scale: float, softcap: float | None) -> Tensor:
+def last_queries(
+    q: Tensor, kv: KV, rows: int, scale: float, softcap: float | None, far: tuple[Tensor, Tensor, int] | None = None
+) -> Tensor:
     """Mass by key and by distance of the last `rows` rows of q `[B, H, N, D]`: fp32 `[2, B, H, M]`.
 
-    For calls that `probes` accepts. Scratch is a number per row and split.
+    For calls that `probes` accepts. Scratch is a number per row and split. far: `rows` queries `[B, H, rows, D]`, keys
+    `[B, G, >= edge, D]` and `edge`, a multiple of PROBE_ROWS: entries before it are these keys, met by these queries.
     """
     b, h, n, d = q.shape
     _, g, m, _, _ = kv.shape
     r, size = h // g, q.element_size()
     q = q[:, :, n - rows :]
-    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, kv.k))
+    q2, k2, edge = (q, kv.k, 0) if far is None else far
+    assert edge % PROBE_ROWS == 0, edge
+    q, k, q2, k2 = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, kv.k, q2, k2))
     index = _index(q)
     cores = device(index)[1]
     stages = _probe_stages(index, _pad(rows), _pad(d), size)
@@ -69,18 +74,18 @@ def last_queries(q: Tensor, kv: KV, rows: int, scale: float, softcap: float | No
     share = -(-blocks // max(1, min(blocks, SHARE * cores // (units * b * g), 64)))
     splits = -(-blocks // share)
     part = torch.empty(b * h * rows * splits, dtype=torch.float32, device=q.device)
-    strides = (q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2))
-    same = dict(D=d, D_PAD=_pad(d), CAP=bool(softcap), FP32=size == 4, STAGES=stages)
+    strides = [step for t in (q, k, q2, k2) for step in t.stride()[:3]]
+    same = dict(TWO=far is not None, D=d, D_PAD=_pad(d), CAP=bool(softcap), FP32=size == 4, STAGES=stages)
     cap = softcap or 1.0
     estimate_probe.row_sums[(units, splits, b * g)](
-        q, k, part, scale * LOG2E, cap, m, share * keys, splits, g, *strides,
+        q, k, part, scale * LOG2E, cap, m, share * keys, splits, q2, k2, edge, g, *strides,
         ROWS=rows, GROUP=r, TILE=tile, KEYS=keys, num_warps=8 if tile == 128 else 4, **same,
     )  # fmt: skip
     out = torch.empty(2, b, h, m, dtype=torch.float32, device=q.device)
     blocks = -(-m // PROBE_ROWS)
     steps = max(1, -(-blocks * h * b // (SHARE * cores)))
     estimate_probe.row_mass[(h, -(-blocks // steps), b)](
-        q, k, part, out[0], out[1], scale * LOG2E, cap, m, steps, splits, 0, h, g, *strides,
+        q, k, part, out[0], out[1], scale * LOG2E, cap, m, steps, splits, 0, q2, k2, edge, h, g, *strides,
         ROWS=rows, ROWS_PAD=_pad(rows), KEYS=PROBE_ROWS, SPLITS=triton.next_power_of_2(splits),
         num_warps=8 if _pad(rows) == 128 else 4, **same,
     )  # fmt: skip
@@ -107,8 +112,12 @@ class Search:
         return triton.next_power_of_2(self.chunks)
 
 
-def _search(score: Tensor, p: float, keep: Tensor | None, forced: Tensor | None, live: Tensor | None) -> Search:
+def _search(score: Tensor, p: float | Tensor, keep: Tensor | None, forced: Tensor | None, live: Tensor | None) -> Search:
+    """p may have a number a row `[rows]`; a share of 1 is all of it, which no sum decides."""
     rows, n = score.shape
+    each = isinstance(p, Tensor)
+    if isinstance(p, Tensor):
+        p = torch.where(p >= 1, math.inf, p.double()).contiguous()
     entries = max(ENTRIES, triton.next_power_of_2(-(-n // CHUNKS)))
     chunks = -(-n // entries)
     both = torch.empty((8 * chunks * 16 + 8 + 1) * rows, dtype=torch.float64, device=score.device)
@@ -118,8 +127,9 @@ def _search(score: Tensor, p: float, keep: Tensor | None, forced: Tensor | None,
     for phase in range(8):
         estimate_select.narrow[(chunks, rows)](
             score, score if live is None else live, *work.state, work.edges if keep is None else keep,
-            work.edges if forced is None else forced, rows, n, chunks, phase, entries // CHUNK, _bits(p),
-            MASS=keep is None, ALL_LIVE=live is None, CHUNK=CHUNK, CHUNKS=work.pad, num_warps=8,
+            work.edges if forced is None else forced, rows, n, chunks, phase, entries // CHUNK,
+            0 if isinstance(p, Tensor) else _bits(p), p if isinstance(p, Tensor) else score,
+            MASS=keep is None, EACH=each, ALL_LIVE=live is None, CHUNK=CHUNK, CHUNKS=work.pad, num_warps=8,
         )  # fmt: skip
     return work
 
@@ -153,10 +163,15 @@ def top_entries(score: Tensor, keep: tuple[int, ...], forced: tuple[int, ...]) -
     return a, first, c, second
 
 
-def mass_counts(score: Tensor, p: float) -> Tensor:
-    """Entries in the smallest set of each row of fp32 `[..., n]` that reaches the share p of its mass: int32 `[...]`."""
+def mass_counts(score: Tensor, p: float | Tensor) -> Tensor:
+    """Entries in the smallest set of each row of fp32 `[..., n]` that reaches the share p of its mass: int32 `[...]`.
+
+    p: one number, or one a row, of a shape that expands to `[...]`.
+    """
     n = score.shape[-1]
-    if p >= 1:
+    if isinstance(p, Tensor):
+        p = p.expand(score.shape[:-1]).flatten()
+    elif p >= 1:
         return torch.full(score.shape[:-1], n, dtype=torch.int32, device=score.device)
     flat = score.reshape(-1, n)
     work = _search(flat, p, None, None, None)
@@ -238,14 +253,14 @@ def top_blocks(score: Tensor, first: int, scale: int, *, keep: tuple[int, ...] =
 
 
 def pair_lists(
-    columns: Tensor, diagonals: Tensor, live: Tensor, prob: Tensor | None, p: float, first: int, scale: int, nq: int, *,
-    lists: int,
+    columns: Tensor, diagonals: Tensor, live: Tensor, prob: Tensor | None, p: float | Tensor, first: int, scale: int,
+    nq: int, *, lists: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Union of block columns, block diagonals and the pairs of live heads with a share p of all rows' mass.
 
     Args:
         columns, diagonals, live: bool `[B, H, nk]` twice and `[B, H]`. prob: fp32 `[B, H, nq, nk]`, contiguous, zero
-            beyond the causal blocks, of live heads; None: no head is.
+            beyond the causal blocks, of live heads; None: no head is. p: one number, or one a head `[1 or B, H]`.
         lists: Hl, H or a divisor: neighbouring heads unite.
 
     Returns:
@@ -257,7 +272,9 @@ def pair_lists(
     pad = triton.next_power_of_2(nk)
     tiles = torch.empty(b, lists, nq, nk, dtype=torch.int32, device=columns.device)
     count = torch.empty(b, lists, nq, dtype=torch.int32, device=columns.device)
-    every = prob is None or p >= 1
+    if isinstance(p, Tensor):
+        p = p.expand(b, h).flatten()
+    every = prob is None or (not isinstance(p, Tensor) and p >= 1)
     ties, chunks, wide = count, 1, 1
     state: tuple[Tensor, ...] = (count,) * 4
     if not every:

@@ -25,11 +25,11 @@ def _either(a, b):
 
 @triton.jit
 def _levels(x, peak, TOP: tl.constexpr):
-    """(int8 levels of x `[n, D]`, fp32 step `[n]`): `low_bit` of `scores/lowbit.py` before it multiplies by the step."""
+    """(levels of x `[n, D]` as fp32, fp32 step `[n]`): `low_bit` of `scores/lowbit.py` before it multiplies by the step."""
     step = tl.div_rn(peak, tl.full(peak.shape, TOP, tl.float32))
     step = tl.where(step > 0, step, 1.0)
     y = (tl.div_rn(x, tl.broadcast_to(step[:, None], x.shape)) + ROUND) - ROUND
-    return tl.minimum(tl.maximum(y, -TOP), TOP).to(tl.int8), step
+    return tl.minimum(tl.maximum(y, -TOP), TOP), step
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def quantise_keys(
     KEYS: tl.constexpr, FRAGMENT: tl.constexpr, TOP: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr,  # channels, and bytes of a row of ints
 ):  # fmt: skip
-    """Levels int8 `[g, wide, WIDTH]`, steps fp32 `[g, wide]` and products with mean queries. grid: (wide / KEYS, g).
+    """Levels int8 or e4m3 `[g, wide, WIDTH]`, steps fp32 `[g, wide]` and products with mean queries. grid: (wide / KEYS, g).
 
     k `[g, m, D]`, less centre fp32 `[g, D]`. mean fp32 `[g, GROUP, D]`: extra fp32 `[g, GROUP, wide]` is its product with
     the key before rounding, times scale, over the key's step. Keys from m on and channels from D on are zeros.
@@ -64,7 +64,7 @@ def quantise_keys(
         peak = tl.reshape(p, [KEYS])
     y, step = _levels(x, peak, TOP)
     at = g * wide + j
-    tl.store(ints + at[:, None] * WIDTH + d[None, :], y)
+    tl.store(ints + at[:, None] * WIDTH + d[None, :], y.to(ints.dtype.element_ty))
     tl.store(steps + at, step)
     for e in range(GROUP):
         head = g * GROUP + e
@@ -149,7 +149,6 @@ def low_bits(
     j = tl.arange(0, KEYS)
     d = tl.arange(0, WIDTH)
     PER: tl.constexpr = TILE // BLOCK
-    NUMBERS: tl.constexpr = KEYS // BLOCK_K  # key blocks of a step
     UNIT: tl.constexpr = BLOCK_K if BLOCK_K < 32 else 32
     unit = tl.arange(0, KEYS // UNIT)
     two = 2 * tl.arange(0, 4)
@@ -162,6 +161,7 @@ def low_bits(
         p = tl.max(tl.reshape(peak, [TILE // 16, 2, 8]), 1, keep_dims=True)
         peak = tl.reshape(tl.broadcast_to(p, [TILE // 16, 2, 8]), [TILE])
     y, step = _levels(x, peak, TOP)
+    y = y.to(tl.int8)
     step *= scale
     line = tile * TILE + i
     least = tl.load(bar + h * nq * BLOCK + line, mask=line < nq * BLOCK, other=BIG)
@@ -172,22 +172,22 @@ def low_bits(
     far = _local(first + last, sink, window, segment, BLOCK)
     part = tl.arange(0, PER)
     out = words + (h * nq + tile * PER + part) * many
-    word = tl.zeros([TILE], tl.int32)
+    word = tl.zeros([TILE, 4], tl.int32)
     for c in tl.range(0, far, KEYS, num_stages=STAGES):
         kt = tl.load(ints + (c + j)[:, None] * WIDTH + d[None, :])
         s = tl.dot(y, tl.trans(kt), out_dtype=tl.int32).to(tl.float32)
         s = s * step[:, None] + tl.load(extra + c + j)[None, :]
-        if FRAGMENT:  # the keys that a thread holds of each 32 share a step, so the best of them is known before it
-            s = tl.max(tl.max(tl.reshape(s, [TILE, KEYS // UNIT, UNIT // 8, 4, 2]), 4), 2)
-            at = (c + unit * UNIT) // 32 * 32
-            s = tl.max(s * tl.load(steps + at[:, None] + two[None, :])[None, :, :], 2)
-            high = tl.max(tl.reshape(s, [TILE, NUMBERS, BLOCK_K // UNIT]), 2)
-        else:
+        if not FRAGMENT:
             s = s * tl.load(steps + c + j)[None, :]
-            high = tl.max(tl.reshape(s, [TILE, NUMBERS, BLOCK_K]), 2)
-        bit = c // BLOCK_K % 32 + tl.arange(0, NUMBERS)
-        word = word | tl.sum(tl.where(high > least[:, None], 1, 0) << bit[None, :], 1)
+        # The keys that a thread holds of each 32 are those of one floor((j mod 8) / 2): the best of them costs no exchange.
+        high = tl.max(tl.max(tl.reshape(s, [TILE, KEYS // UNIT, UNIT // 8, 4, 2]), 4), 2)
+        if FRAGMENT:  # they share a step
+            at = (c + unit * UNIT) // 32 * 32
+            high = high * tl.load(steps + at[:, None] + two[None, :])[None, :, :]
+        bit = tl.full([KEYS // UNIT], 1, tl.int32) << ((c + unit * UNIT) // BLOCK_K % 32)
+        found = tl.where(high > least[:, None, None], bit[None, :, None], 0)
+        word = word | tl.reduce(found, 1, _either)
         if ((c + KEYS) % (32 * BLOCK_K) == 0) | (c + KEYS >= far):  # rows meet once a word, not at each step
-            some = tl.reduce(tl.reshape(word, [PER, BLOCK]), 1, _either)
+            some = tl.reduce(tl.reshape(word, [PER, BLOCK * 4]), 1, _either)
             tl.store(out + c // (32 * BLOCK_K), some, mask=tile * PER + part < nq)
-            word = tl.zeros([TILE], tl.int32)
+            word = tl.zeros([TILE, 4], tl.int32)

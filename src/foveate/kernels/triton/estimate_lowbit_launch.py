@@ -1,4 +1,7 @@
-"""Launches of `estimate_lowbit*.py`: bits of key blocks, and lists out of bits. Only `bit_lists` may wait for the device."""
+"""Launches of `estimate_lowbit*.py`: bits of key blocks, and lists out of bits. Only `bit_lists` may wait for the device.
+
+On Hopper `kernels/gluon/lowbit.py` takes the largest part, the logits, wherever it serves the call.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..gluon import lowbit as hopper
 from . import estimate_lowbit, estimate_lowbit_lists
 from .config import config, device
 from .estimate_launch import LOG2E, _index
@@ -21,6 +25,7 @@ WHOLE = 1 << 24  # numbers of all lists (64 MiB) up to which they keep their ful
 SIDES = (16, 32, 64, 128)  # rows of a query block
 CHUNK = 1024  # places of a list that a program looks at together
 MANY = 256  # keys of a tile, at most: integer keys are padded to a multiple
+HOPPER = True  # whether Gluon's kernel may serve; measurements compare both
 
 
 class Tile(NamedTuple):
@@ -83,20 +88,23 @@ def local_sums(
 
 
 class Keys(NamedTuple):
-    """Integer keys int8 `[g, wide, W]`, their steps fp32 `[g, wide]`, and the exact products of the unrounded keys with
-    the mean queries, times the scale, over the step: fp32 `[heads, wide]`. Padded with zeros."""
+    """Integer keys `[g, wide, W]` (int8, or e4m3 of the same numbers), their steps fp32 `[g, wide]`, and the exact products
+    of the unrounded keys with the mean queries, times the scale, over the step: fp32 `[heads, wide]`. Padded with zeros."""
 
     ints: Tensor
     steps: Tensor
     extra: Tensor
 
 
-def quantised(k: Tensor, centre: Tensor | None, mean: Tensor, *, scale: float, share: str, bits: int) -> Keys:
+def quantised(
+    k: Tensor, centre: Tensor | None, mean: Tensor, *, scale: float, share: str, bits: int,
+    dtype: torch.dtype = torch.int8,
+) -> Keys:  # fmt: skip
     """Keys `[g, m, D]`, less centre fp32 `[g, D]`, on 2^bits - 1 levels; mean fp32 `[heads, D]`. share: not "exact"."""
     (g, m, d), h = k.shape, mean.shape[0]
     k = k if k.stride(-1) == 1 else k.contiguous()
-    width, wide = max(32, _pad(d)), -(-m // MANY) * MANY
-    ints = torch.empty(g, wide, width, dtype=torch.int8, device=k.device)
+    width, wide = _width(d), -(-m // MANY) * MANY
+    ints = torch.empty(g, wide, width, dtype=dtype, device=k.device)
     steps = torch.empty(g, wide, dtype=torch.float32, device=k.device)
     extra = torch.empty(h, wide, dtype=torch.float32, device=k.device)
     centre = torch.zeros(g, d, device=k.device) if centre is None else centre
@@ -107,6 +115,11 @@ def quantised(k: Tensor, centre: Tensor | None, mean: Tensor, *, scale: float, s
     return Keys(ints, steps, extra)
 
 
+def _width(d: int) -> int:
+    """Channels of integer keys."""
+    return max(32, _pad(d))
+
+
 def block_bits(
     q: Tensor, k: Tensor, centre: Tensor | None, mean: Tensor, bar: Tensor, words: Tensor,
     sizes: tuple[int, int, int, int], block_k: int, *, start: int, scale: float, share: str, bits: int,
@@ -115,14 +128,18 @@ def block_bits(
 
     Args:
         q, k, sizes, start: as in `local_sums`. centre: fp32 `[g, D]` or None. mean: fp32 `[heads, D]` of the queries.
-        bar: fp32 `[heads, nq * block_q]`, finite. words: int32 `[heads, nq, many]`, contiguous; what lies in a row's local
-            region or beyond is left as it is, or anything.
+        bar: fp32 `[heads, nq * block_q]`, finite. words: int32 `[heads, nq, many]`, contiguous, zeros; what lies in a row's
+            local region or beyond stays as it is, or is anything.
     """
     (h, n, d), block, *spans = q.shape, *sizes
     q = q if q.stride(-1) == 1 else q.contiguous()
-    first, nq = start // block, words.shape[1]
-    keys = quantised(k, centre, mean, scale=scale, share=share, bits=bits)
-    width = keys.ints.shape[2]
+    first, nq, width = start // block, words.shape[1], _width(d)
+    served = HOPPER and hopper.why_not(q, width, block, block_k, share) is None
+    dtype = hopper.levels(bits) if served else torch.int8
+    keys = quantised(k, centre, mean, scale=scale, share=share, bits=bits, dtype=dtype)
+    if served:
+        hopper.run(q, mean, bar, keys, words, sizes=sizes, start=start, scale=scale, bits=bits)
+        return
     t = tile(_index(q), width)
     rows = max(t.rows, block)
     estimate_lowbit.low_bits[(-(-nq * block // rows), h)](

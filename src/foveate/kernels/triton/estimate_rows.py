@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .walk import _logits
+from .steps import _logits
 
 
 @triton.jit(do_not_specialize=["m", "n", "start", "tile0", "rows", "nk"])

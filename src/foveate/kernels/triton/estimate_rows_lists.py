@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .estimate_lists import _pack
 from .estimate_select import FORCED, fraction, order, room_at
-from .walk import LOG2E
+from .steps import LOG2E
 
 
 @triton.jit

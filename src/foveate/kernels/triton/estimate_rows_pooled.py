@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .walk import LOG2E, _logits
+from .steps import LOG2E, _logits
 
 
 @triton.jit(do_not_specialize=["n", "offset"])

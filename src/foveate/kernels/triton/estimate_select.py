@@ -82,14 +82,14 @@ def fraction(bits):
 
 @triton.jit(do_not_specialize=["phase", "steps", "n", "chunks", "p"])
 def narrow(
-    score, live, part, edges, aboves, targets, keep, forced, rows, n, chunks, phase, steps, p,
-    MASS: tl.constexpr, ALL_LIVE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    score, live, part, edges, aboves, targets, keep, forced, rows, n, chunks, phase, steps, p, shares,
+    MASS: tl.constexpr, EACH: tl.constexpr, ALL_LIVE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Phase 0..7 of the search. grid: (chunks, rows); a chunk is CHUNK * steps entries of score fp32 `[rows, n]`.
 
     part fp64 `[8, rows, chunks, 16]`; edges int32 and aboves fp64 `[8, rows]`, targets fp64 `[rows]`, all scratch. keep and
     forced int32 `[rows]`: entries to keep, and how many first entries are kept whatever their score (top-k only). p: the
-    bits of the share of the mass (top-p only).
+    bits of the share of the mass (top-p only); with EACH every row has its own in shares, fp64 `[rows]`.
     """
     row = tl.program_id(1)
     if not ALL_LIVE:  # noqa: SIM102
@@ -97,6 +97,8 @@ def narrow(
             return
     edge = tl.zeros([], tl.uint32)
     share = fraction(p)
+    if EACH:
+        share = tl.load(shares + row)
     if phase > 0:
         edge, above, target = settled(
             part, edges, aboves, targets, row, rows, chunks, phase, share, keep, forced, n, MASS, CHUNKS

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .estimate_lowbit import _either
-from .walk import LOG2E, _logits, _product, _read
+from .steps import LOG2E, _logits, _product, _read
 
 
 @triton.jit(do_not_specialize=["m", "n", "start", "first"])

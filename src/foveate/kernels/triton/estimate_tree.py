@@ -11,7 +11,7 @@ import triton.language as tl
 from .estimate_lists import _pack
 from .estimate_probe import _scores
 from .estimate_select import order
-from .walk import BIG, LOG2E, _read
+from .steps import BIG, LOG2E, _read
 
 
 @triton.jit

@@ -35,6 +35,7 @@ def row_scores(
     PARTS: tl.constexpr,  # 4: q is fp32 and meets keys of 16 bits as the sum of three numbers of their dtype; else 1
     KEYS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     CAP: tl.constexpr, FP32: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr,
+    STAY: tl.constexpr,  # logits are to stay in the L2 cache while the keys run through it
 ):  # fmt: skip
     """Logits (base 2) of one query a row over keys first .. end - tail. grid: (splits, B * G).
 
@@ -50,8 +51,14 @@ def row_scores(
     h = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, D_PAD)
     j = tl.arange(0, KEYS)
+    at = row.to(tl.int64) * GROUP + h
     head = (g * GROUP + i % GROUP_PAD).to(tl.int64)
-    qt = _read(q, b * q_sb + head * q_sh, i % GROUP_PAD < GROUP, d, D, D_PAD, True)
+    qt = _read(q, b * q_sb + head * q_sh, i % GROUP_PAD < GROUP, d, D, D_PAD, True)  # on its way while `end` is
+    begin = split * share
+    if begin >= end:  # a row that looks at nothing here costs next to nothing: `ranked_steps_held.py` counts on it
+        if LSE:
+            tl.store(part + at * splits + split, tl.full([GROUP_PAD], float("-inf"), tl.float32), mask=h < GROUP)
+        return
     if PARTS > 1:
         high = qt.to(k.dtype.element_ty)
         rest = qt - high.to(tl.float32)
@@ -61,10 +68,8 @@ def row_scores(
         qt = tl.where(which == 0, high, tl.where(which == 1, middle, tl.where(which == 2, low, tl.zeros_like(low))))
     qt = tl.trans(qt)
     k += b * k_sb + g.to(tl.int64) * k_sg
-    at = row.to(tl.int64) * GROUP + h
     top = tl.full([KEYS, GROUP_PAD], FLOOR, tl.float32)
     total = tl.zeros([KEYS, GROUP_PAD], tl.float32)
-    begin = split * share
     for c in tl.range(begin, tl.minimum(end, begin + share), KEYS, num_stages=STAGES):
         key = c + j
         kt = _read(k, key.to(tl.int64) * k_sm, key < end, d, D, D_PAD, True)
@@ -78,7 +83,11 @@ def row_scores(
         if CAP:  # scale is that of the logit over the cap; softcap is in base 2
             s = softcap * (1 - 2 / (tl.exp2(2.8853900817779268 * s) + 1))
         ok = (key >= first) & (key < end)
-        tl.store(score + at[None, :] * m + key[:, None], s, mask=ok[:, None] & (h < GROUP)[None, :])
+        to = score + at[None, :] * m + key[:, None]
+        if STAY:
+            tl.store(to, s, mask=ok[:, None] & (h < GROUP)[None, :], eviction_policy="evict_last")
+        else:
+            tl.store(to, s, mask=ok[:, None] & (h < GROUP)[None, :])
         if LSE:
             s = tl.where(ok[:, None], s, float("-inf"))
             peak = tl.maximum(top, s)
@@ -94,10 +103,12 @@ def row_scores(
 @triton.jit(do_not_specialize=["splits", "first", "tail"])
 def row_votes(
     score, part, length, q_pos, out, m, splits, first, tail, lists, kv_heads,
-    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr,  # query heads of a list
-    KEYS: tl.constexpr,
+    HEADS: tl.constexpr,  # query heads of a list
+    LINES: tl.constexpr,  # heads of a step
+    KEYS: tl.constexpr,  # 128 a warp: then no thread needs another one's numbers to reduce heads
     SPLITS: tl.constexpr,  # at least splits
     MOST: tl.constexpr,  # the largest probability of any head instead of their sum
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Probabilities reduced over the heads of a list, fp32 `[B, lists, m]`, 0 outside first .. end - tail.
 
@@ -107,24 +118,32 @@ def row_votes(
     row = tl.program_id(1)
     b = row // lists
     end = _last(length, q_pos, b * kv_heads + (row % lists) * kv_heads // lists, b, m, tail)
-    h = tl.arange(0, HEADS_PAD)
-    n = tl.arange(0, SPLITS)
+    out += row.to(tl.int64) * m
     key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    at = row.to(tl.int64) * HEADS + h
-    lse = tl.load(
-        part + at[:, None] * splits + n[None, :], mask=(h < HEADS)[:, None] & (n < splits)[None, :], other=float("-inf")
-    )
-    top = tl.max(lse, 1)
-    some = top > float("-inf")
-    top = tl.where(some, top, 0.0)
-    lse = top + tl.log2(tl.sum(tl.exp2(lse - top[:, None]), 1))
-    lse = tl.where(some, lse, float("inf"))  # heads that see nothing or do not exist give nothing
-    ok = (key >= first) & (key < end)  # not the mask of the load: ends at any key would make it four times as many
-    s = tl.load(score + at[:, None] * m + key[None, :], mask=(key < m)[None, :] & (h < HEADS)[:, None], other=float("-inf"))
-    p = tl.exp2(s - lse[:, None])
-    p = tl.where(ok[None, :] & some[:, None], p, 0.0)
-    if MOST:
-        vote = tl.max(p, 0)
-    else:
-        vote = tl.sum(p, 0)
-    tl.store(out + row.to(tl.int64) * m + key, vote, mask=key < m)
+    if (tl.program_id(0) * KEYS >= end) | (tl.program_id(0) * KEYS + KEYS <= first):
+        tl.store(out + key, tl.zeros([KEYS], tl.float32), mask=key < m)
+        return
+    n = tl.arange(0, SPLITS)
+    vote = tl.zeros([KEYS], tl.float32)
+    for line in tl.range(0, HEADS, LINES, num_stages=STAGES):
+        h = line + tl.arange(0, LINES)
+        at = row.to(tl.int64) * HEADS + h
+        lse = tl.load(
+            part + at[:, None] * splits + n[None, :], mask=(h < HEADS)[:, None] & (n < splits)[None, :], other=float("-inf")
+        )
+        # Not the mask of the votes: one that ends at any key would make it four times as many loads.
+        s = tl.load(
+            score + at[:, None] * m + key[None, :], mask=(key < m)[None, :] & (h < HEADS)[:, None], other=float("-inf")
+        )
+        top = tl.max(lse, 1)
+        some = top > float("-inf")
+        top = tl.where(some, top, 0.0)
+        lse = top + tl.log2(tl.sum(tl.exp2(lse - top[:, None]), 1))
+        lse = tl.where(some, lse, float("inf"))  # heads that see nothing or do not exist give nothing
+        p = tl.where(some[:, None], tl.exp2(s - lse[:, None]), 0.0)
+        if MOST:
+            vote = tl.maximum(vote, tl.max(p, 0))
+        else:
+            vote += tl.sum(p, 0)
+    ok = (key >= first) & (key < end)
+    tl.store(out + key, tl.where(ok, vote, 0.0), mask=key < m)

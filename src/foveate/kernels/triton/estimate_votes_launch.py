@@ -16,9 +16,10 @@ from .paging_launch import _pad, usable
 
 __all__ = ["usable"]  # whether these kernels compute on tensors like t: its device, dtype and head dim
 
-KEYS = 128  # of a step over keys of 16 bits: 32 KB at D 128
+KEYS, WARPS, STAGES = 128, 4, 3  # of `row_scores`: keys of a step of 16 bits (32 KB at D 128), warps, most stages
 SPLITS = 64  # most programs that share the keys of a kv head
-TILE = 4096  # probabilities a program of `row_votes` holds
+VOTES, LINES, READ = 1024, 8, 3  # of `row_votes`: most keys of a program, heads of a step, stages
+STAY = 24 << 20  # bytes of logits that may claim a place in the L2 cache, which is 50 MB on Hopper
 
 
 def reads(q: Tensor, kv: KV, anywhere: bool = False) -> bool:
@@ -59,11 +60,13 @@ def votes(
     g, m = k.shape[1:3]
     score, part = _scores(q, k, length, q_pos, first, tail, scale, softcap, True)
     out = torch.empty(b, lists, m, dtype=torch.float32, device=q.device)
-    heads = triton.next_power_of_2(h // lists)
-    keys = max(32, min(1024, TILE // heads))
+    lines, keys = min(LINES, triton.next_power_of_2(h // lists)), VOTES
+    while keys > 128 and -(-m // keys) * b * lists < device(_index(q))[1]:
+        keys //= 2
     estimate_votes.row_votes[(-(-m // keys), b * lists)](
         score, part, _flat(length), _flat(q_pos), out, m, part.shape[1], first, tail, lists, g,
-        HEADS=h // lists, HEADS_PAD=heads, KEYS=keys, SPLITS=triton.next_power_of_2(part.shape[1]), MOST=most, num_warps=8,
+        HEADS=h // lists, LINES=lines, KEYS=keys, SPLITS=triton.next_power_of_2(part.shape[1]), MOST=most, STAGES=READ,
+        num_warps=keys // 128,
     )  # fmt: skip
     return out
 
@@ -85,7 +88,7 @@ def _scores(
         scale / softcap if softcap else scale * LOG2E, (softcap or 1.0) * LOG2E, m, share, splits, first, tail,
         g, q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
         GROUP=h // g, GROUP_PAD=group, PARTS=4 if split else 1, KEYS=keys, D=d, D_PAD=_pad(d),
-        CAP=bool(softcap), FP32=size == 4, LSE=lse, STAGES=stages, num_warps=4,
+        CAP=bool(softcap), FP32=size == 4, LSE=lse, STAGES=stages, STAY=score.nbytes <= STAY, num_warps=WARPS,
     )  # fmt: skip
     return score, part
 
@@ -97,7 +100,7 @@ def _plan(index: int | None, rows: int, m: int, d: int, size: int) -> tuple[int,
     keys = KEYS if size < 4 else KEYS // 4
     while keys > 16 and 2 * keys * d * size > 0.45 * shared:
         keys //= 2
-    stages = max(1, min(3, int(0.45 * shared / (keys * d * size))))
+    stages = max(1, min(STAGES, int(0.45 * shared / (keys * d * size))))
     blocks = -(-m // keys)
     share = -(-blocks // max(1, min(blocks, SHARE * cores // rows, SPLITS)))
     return keys, share * keys, -(-blocks // share), stages

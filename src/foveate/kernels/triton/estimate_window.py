@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .estimate_probe import _scores
-from .walk import FLOOR, _read
+from .steps import FLOOR, _read
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from ...kv import KV
+from ...packed import PackedKV, Thinned
 from . import labels as kernels
 from . import labels_words as packed
 from .config import device
@@ -30,8 +31,7 @@ def score(q: Tensor, kv: KV, channels: Tensor, data: list[Tensor], bits: int, *,
     b, h, _, _ = q.shape
     g, m, r = kv.shape[1], kv.shape[2], channels.shape[-1]
     q = q if q.stride(-1) == 1 else q.contiguous()
-    k = kv.k if kv.k.stride(-1) == 1 else kv.k.contiguous()
-    s0, sg, sm, page, per = _storage(k, kv)
+    k, (s0, sg, sm, page, per) = _keys(kv, append)
     channels = channels.contiguous()
     words, shared = data[0].shape[3], device(q.device.index if q.device.type == "cuda" else None)[0]
     if bits < 16 and words % 4 == 0 and words <= LIMIT:
@@ -90,8 +90,7 @@ def near(q: Tensor, kv: KV, data: Tensor, theta: float, edges: Tensor | None, *,
     b, h, _, d = q.shape
     g, m, words = kv.shape[1], kv.shape[2], d // 32
     q = q if q.stride(-1) == 1 else q.contiguous()
-    k = kv.k if kv.k.stride(-1) == 1 else kv.k.contiguous()
-    s0, sg, sm, page, per = _storage(k, kv)
+    k, (s0, sg, sm, page, per) = _keys(kv, append)
     flat = data.view(torch.int32)
     mine = torch.empty(b, h, 2 * words, dtype=torch.int32, device=q.device)
     kernels.code_rows[(b * g,)](
@@ -107,6 +106,19 @@ def near(q: Tensor, kv: KV, data: Tensor, theta: float, edges: Tensor | None, *,
         GROUP=h // g, WORDS=words, KEYS=NEAR, REDUCE=group, num_warps=NEAR_WARPS,
     )  # fmt: skip
     return out
+
+
+def _keys(kv: KV, append: bool) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+    """Keys of which kernels read the newest if `append`, none else; strides as `_storage` has them.
+
+    Of packed entries that key alone is handed over, at the place of every entry.
+    """
+    if isinstance(kv, PackedKV) and kv.packed is not None and not kv.made:
+        tail = kv.packed.tail if isinstance(kv.packed, Thinned) else kv.packed.keys.tail
+        k = kv.newest() if append else tail
+        return k, (k.stride(0), k.stride(1), 0, 0, 0)
+    k = kv.k if kv.k.stride(-1) == 1 else kv.k.contiguous()
+    return k, _storage(k, kv)
 
 
 def _steps(q: Tensor, m: int, keys: int, rows: int, share: int) -> tuple[int, int]:

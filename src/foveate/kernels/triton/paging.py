@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .arrivals import leave, merge
-from .walk import BIG, FLOOR, LN2, _fold, _offsets, _product, _read
+from .steps import BIG, FLOOR, _finish, _fold, _offsets, _product, _read
 
 NEWEST = tl.constexpr(0xFFFFFFFF)  # above the ordered bits of every float
 TOP_BIT = tl.constexpr(-0x80000000)
@@ -276,11 +276,76 @@ def attend_tiles(
                     CHUNK, 1, LSE,
                 )  # fmt: skip
     else:
-        some = l > 0
-        acc = acc / tl.where(some, l, 1.0)[:, None]
-        at = spot.to(tl.int64) * PACK + r
-        live = (r < PACK)[:, None] & (dv[None, :] < DV)
-        tl.store(out + at[:, None] * DV + dv[None, :], acc.to(out.dtype.element_ty), mask=live)
-        if LSE:
-            y = tl.where(some, (m + tl.log2(tl.where(some, l, 1.0))) * LN2, float("-inf"))
-            tl.store(lse + at, y, mask=r < PACK)
+        _finish(out, lse, spot.to(tl.int64) * PACK + r, r < PACK, dv, dv < DV, acc, m, l, DV, LSE)
+
+
+@triton.jit(do_not_specialize=["capacity", "splits"])
+def attend_entries(
+    q, k, v, out, lse, part, part_lse, arrived, entries, count, length, table,
+    scale, capacity, splits,
+    units, kv_heads, lists, entries_sb, n,
+    q_sb, q_sh, k_s0, k_sg, k_sm, v_s0, v_sg, v_sm, table_width,
+    KEYS: tl.constexpr,  # entries of a step
+    PACK: tl.constexpr, PACK_PAD: tl.constexpr, TILE: tl.constexpr,  # heads that share the tile; a power of two; at least 16
+    PAGE: tl.constexpr,  # keys of a storage page, 0 for dense storage
+    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    FP32: tl.constexpr, SHARED: tl.constexpr, CHUNK: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`attend_tiles` for tiles of one key. grid: (splits, B * units).
+
+    Program s takes the steps s, s + splits, .. of a list. entries int32 `[B|1, lists, n]`, distinct. SHARED: programs share
+    lists (splits > 1).
+
+    A program has a few steps, so what it costs is the trips to memory that wait for each other, and the instructions
+    between them. Entries are asked for before their count is known, and those of the next step while keys and values of this
+    one are on their way: so the loop finds no list to follow, and Triton asks for all keys and values of a step at once.
+    """
+    split = tl.program_id(0)
+    b = tl.program_id(1) // units
+    unit = tl.program_id(1) % units
+    g = unit * kv_heads // units
+    row = b * lists + unit * lists // units
+    if entries_sb == 0:
+        row = unit * lists // units
+    i = tl.arange(0, KEYS)
+    entries += row.to(tl.int64) * n
+    place = split * KEYS + i
+    key = tl.load(entries + place, mask=place < n, other=-1)
+    used = tl.minimum(tl.load(count + row), n)
+    size = capacity
+    if length is not None:
+        size = tl.minimum(tl.load(length + b * kv_heads + g).to(tl.int32), capacity)
+    r = tl.arange(0, TILE)
+    d = tl.arange(0, D_PAD)
+    dv = tl.arange(0, DV_PAD)
+    head = unit * PACK + r
+    qt = _read(q, b.to(tl.int64) * q_sb + head.to(tl.int64) * q_sh, r < PACK, d, D, D_PAD, True)
+    if PAGE > 0:
+        table += (b * kv_heads + g) * table_width
+    else:
+        k += b.to(tl.int64) * k_s0 + g.to(tl.int64) * k_sg
+        v += b.to(tl.int64) * v_s0 + g.to(tl.int64) * v_sg
+    steps = tl.cdiv(used, KEYS)
+    m = tl.full([TILE], FLOOR, tl.float32)
+    l = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, DV_PAD], tl.float32)
+    for t in tl.range(split, steps, splits, num_stages=STAGES):
+        ok = (t * KEYS + i < used) & (key >= 0) & (key < size)
+        k_off, v_off = _offsets(tl.where(ok, key, 0), table, k_s0, k_sm, v_s0, v_sm, PAGE)
+        kt = _read(k, k_off, ok, d, D, D_PAD, True)
+        vt = _read(v, v_off, ok, dv, DV, DV_PAD, True)
+        place += splits * KEYS
+        key = tl.load(entries + place, mask=place < n, other=-1)
+        s = tl.where(ok[None, :], _product(qt, kt, FP32), float("-inf"))
+        m, l, acc = _fold(s, vt, m, l, acc, scale, True, FP32)
+    spot = tl.program_id(1)
+    if SHARED:
+        parts = tl.maximum(tl.minimum(steps, splits), 1)
+        if split < parts:  # noqa: SIM102  (`and` would leave a part before it asks)
+            if leave(part, part_lse, spot * splits + split, arrived + spot, parts, acc, m, l, r, dv, PACK, DV):
+                merge(
+                    part, part_lse, spot * splits, parts, arrived + spot, out, lse, spot * PACK, PACK, PACK_PAD, DV, DV_PAD,
+                    CHUNK, 1, LSE,
+                )  # fmt: skip
+    else:
+        _finish(out, lse, spot.to(tl.int64) * PACK + r, r < PACK, dv, dv < DV, acc, m, l, DV, LSE)

@@ -22,6 +22,7 @@ HEAD_DIM = 256
 CHUNK, PER_WARP = 16384, 1024  # pages that a program, and each of its warps, holds at once when it selects
 PAGES, STEPS, WARPS, STAGES = 64, 8, 4, 3  # of score_pages: pages of a step (32 KB at D 128), most steps of a program
 SHARE, MORE = 4, 0  # of attend_tiles: programs a multiprocessor, stages beside those of config.py
+ENTRIES, ENTRY_SHARE, ENTRY_WARPS, ENTRY_STAGES = 64, 2, 4, 3  # of attend_entries: those of a step (32 KB at D 128), ..
 
 
 def usable(t: Tensor) -> bool:
@@ -185,10 +186,12 @@ def attend(q: Tensor, kv: KV, layout: Layout, scale: float, want_lse: bool) -> t
     assert tiles is not None and count is not None
     lists, n = tiles.shape[1], tiles.shape[-1]
     units = max(lists, g)
-    index = q.device.index if q.device.type == "cuda" else None
-    splits, keys, warps, stages, tile = _plan(
-        index, b * units, n * width, h // units, d, dv, q.element_size(), kv.kind == "paged"
-    )
+    index, rows, pack, tile = q.device.index if q.device.type == "cuda" else None, b * units, h // units, _pad(h // units)
+    if width == 1:
+        splits, keys, stages = _entries_plan(index, rows, n, d, dv, q.element_size())
+        warps = ENTRY_WARPS
+    else:
+        splits, keys, warps, stages = _plan(index, rows, n * width, tile, d, dv, q.element_size(), kv.kind == "paged")
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, kv.k, kv.v))
     k_s0, k_sg, k_sm, page, per = _storage(k, kv)
     v_s0, v_sg, v_sm, _, _ = _storage(v, kv)
@@ -197,30 +200,54 @@ def attend(q: Tensor, kv: KV, layout: Layout, scale: float, want_lse: bool) -> t
     part = part_lse = arrived = None
     if splits > 1:
         part = torch.empty(b * h * splits * (dv + 1), dtype=torch.float32, device=q.device)
-        part_lse, arrived = part[b * h * splits * dv :], arrivals.counters(b * units, part)
-    pack = triton.next_power_of_2(h // units)
-    paging.attend_tiles[(splits, b * units)](
-        q, k, v, out, lse, part, part_lse, arrived, _tight(tiles), _tight(count), _tight(kv.len), _tight(kv.table),
-        max(scale, 1e-30) * math.log2(math.e), m,
-        units, g, lists, lists if tiles.shape[0] > 1 else 0, n,
-        q.stride(0), q.stride(1), k_s0, k_sg, k_sm, v_s0, v_sg, v_sm, per,
-        WIDTH=width, KEYS=keys, PACK=h // units, PACK_PAD=pack, TILE=tile, PAGE=page,
-        D=d, D_PAD=_pad(d), DV=dv, DV_PAD=_pad(dv), FP32=q.dtype == torch.float32, SPLITS=splits,
-        CHUNK=arrivals.chunk(pack, _pad(dv), warps), LSE=want_lse, STAGES=stages, num_warps=warps, num_stages=stages,
+        part_lse, arrived = part[b * h * splits * dv :], arrivals.counters(rows, part)
+    power = triton.next_power_of_2(pack)
+    tensors = (q, k, v, out, lse, part, part_lse, arrived, *(_tight(t) for t in (tiles, count, kv.len, kv.table)))
+    log2, own = max(scale, 1e-30) * math.log2(math.e), lists if tiles.shape[0] > 1 else 0
+    strides = (q.stride(0), q.stride(1), k_s0, k_sg, k_sm, v_s0, v_sg, v_sm, per)
+    same = dict(
+        KEYS=keys, PACK=pack, PACK_PAD=power, TILE=tile, PAGE=page, D=d, D_PAD=_pad(d), DV=dv, DV_PAD=_pad(dv),
+        FP32=q.dtype == torch.float32, LSE=want_lse, num_warps=warps,
     )  # fmt: skip
+    chunk = arrivals.chunk(power, _pad(dv), warps)
+    if width == 1:  # of whose programs two or three run on a multiprocessor: there is room for twice as many words
+        paging.attend_entries[(splits, rows)](
+            *tensors, log2, m, splits, units, g, lists, own, n, *strides,
+            SHARED=splits > 1, CHUNK=min(32, 2 * chunk), STAGES=stages, num_stages=stages, **same,
+        )  # fmt: skip
+    else:
+        paging.attend_tiles[(splits, rows)](
+            *tensors, log2, m, units, g, lists, own, n, *strides,
+            WIDTH=width, SPLITS=splits, CHUNK=chunk, STAGES=stages, num_stages=stages, **same,
+        )  # fmt: skip
     return out, lse
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(
-    index: int | None, rows: int, listed: int, pack: int, d: int, dv: int, size: int, paged: bool
-) -> tuple[int, int, int, int, int]:
-    """(splits, keys, warps, stages, tile) for `rows` lists of `listed` keys: SHARE programs a multiprocessor."""
+def _entries_plan(index: int | None, rows: int, n: int, d: int, dv: int, size: int) -> tuple[int, int, int]:
+    """(splits, entries of a step, stages) for `rows` lists of n single entries: programs of as many steps each, at least as
+    many as are asked for at once, and no more programs than the device runs together. What they found is merged by one."""
     shared, cores = device(index)
-    tile = _pad(pack)
+    wide = max(_pad(d), _pad(dv))
+    keys, stages = (ENTRIES if wide <= 128 else ENTRIES // 2) // (1 + (size == 4)), ENTRY_STAGES
+    keys = max(16, min(keys, triton.next_power_of_2(n)))
+    while (2 * keys * (stages - 1) + 16) * wide * size > 0.9 * shared and (stages > 2 or keys > 16):
+        keys, stages = (keys, stages - 1) if stages > 2 else (keys // 2, stages)
+    steps = -(-n // keys)
+    share = -(-steps // max(1, min(ENTRY_SHARE * cores // rows, 128)))  # steps of a program
+    share = max(share, min(steps, stages - 1))
+    return -(-steps // share), keys, stages
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    index: int | None, rows: int, listed: int, tile: int, d: int, dv: int, size: int, paged: bool
+) -> tuple[int, int, int, int]:
+    """(splits, keys, warps, stages) for `rows` lists of `listed` keys: SHARE programs a multiprocessor."""
+    shared, cores = device(index)
     cfg = config(shared, tile, _pad(d), _pad(dv), size, 1 + paged)
     splits = max(1, min(SHARE * cores // rows, -(-listed // cfg.keys), 128))
-    return splits, cfg.keys, cfg.warps, cfg.stages + MORE, tile
+    return splits, cfg.keys, cfg.warps, cfg.stages + MORE
 
 
 def _storage(t: Tensor, kv: KV) -> tuple[int, int, int, int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...packed import CodedPair, PackedKV
 from .paging_launch import _pad, usable
-from .quantised_decode import _coded, _late
+from .quantised_decode import _begin, _channels, _coded, _late
 
 HALF = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it rounds a small fp32 number, ties to even
 
@@ -134,14 +134,8 @@ def bounds_of_codes(
         was = tl.load(covered + row).to(tl.int32)
         tl.debug_barrier()  # every warp has read it before one of them writes it below
     old = tl.load(done + row // kv_heads).to(tl.int32)
-    codes += wide * rows * W
-    scale += wide * few * D
-    low += wide * few * D
-    tail += wide * tail_rows * D
-    c = tl.arange(0, 8 // BITS * W_PAD)  # channels in the order in which bytes hold them
-    c_ok = c % W_PAD < W
-    if W < W_PAD:
-        c = c // W_PAD * W + c % W_PAD
+    codes, scale, low, tail = _begin(codes, scale, low, tail, wide, rows, few, tail_rows, W, D, D)
+    c, c_ok = _channels(BITS, W, W_PAD)
     data += wide * data_rows * (2 * D)
     for page in range(was // WIDTH, tl.cdiv(size, WIDTH)):
         high = tl.full([8 // BITS * W_PAD], float("-inf"), tl.float32)

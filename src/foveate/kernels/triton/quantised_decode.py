@@ -11,9 +11,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .walk import FLOOR, LN2, _fold, _logits, _product
+from .steps import FLOOR, _finish, _fold, _logits, _product
 
 FEW = tl.constexpr(8)  # most scales of a token's channels: each channel chooses among them
+
+
+@triton.jit
+def _begin(codes, scale, low, tail, wide, rows, few, tail_rows, W: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """Where kv head `wide` of all begins in the tensors of a side. N: numbers of one of its `few` scales."""
+    return codes + wide * rows * W, scale + wide * few * N, low + wide * few * N, tail + wide * tail_rows * D
+
+
+@triton.jit
+def _channels(BITS: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr):
+    """(channels in the order in which bytes hold them, parts padded to powers of two; which of them there are)."""
+    c = tl.arange(0, 8 // BITS * W_PAD)
+    there = c % W_PAD < W
+    if W < W_PAD:
+        c = c // W_PAD * W + c % W_PAD
+    return c, there
 
 
 @triton.jit
@@ -87,6 +103,16 @@ def _late(tail, key, ok, done, ring, c, c_ok, D: tl.constexpr):
     return tl.load(tail + slot[:, None] * D + c[None, :], mask=ok[:, None] & c_ok[None, :], other=0.0)
 
 
+@triton.jit
+def _step(qt, kt, vt, key, ok, m, l, acc, scale, bias, base, BIAS: tl.constexpr, FP32: tl.constexpr):
+    """Fold entries `key` `[KEYS]` into the running softmax where ok; their bias lies at `base`."""
+    s = _product(qt, kt, FP32)
+    if BIAS:
+        s = _logits(s, scale, 0.0, tl.load(bias + base + key, mask=ok, other=0.0), False, True)
+    s = tl.where(ok[None, :], s, float("-inf"))
+    return _fold(s, vt, m, l, acc, scale, not BIAS, FP32)
+
+
 COUNTS = ["capacity", "k_rows", "k_few", "k_tail_rows", "k_ring", "v_rows", "v_few", "v_tail_rows", "v_ring"]
 
 
@@ -116,23 +142,12 @@ def attend_codes(
     size = tl.minimum(tl.load(length + row).to(tl.int32), capacity)
     k_end = tl.load(k_done + b).to(tl.int32)
     v_end = tl.load(v_done + b).to(tl.int32)
-    k_codes += wide * k_rows * K_W
-    k_scale += wide * k_few * D
-    k_low += wide * k_few * D
-    k_tail += wide * k_tail_rows * D
-    v_codes += wide * v_rows * V_W
-    v_scale += wide * v_few * (DV // V_GROUP)
-    v_low += wide * v_few * (DV // V_GROUP)
-    v_tail += wide * v_tail_rows * DV
-    # Channels in the order in which bytes hold them, parts padded to powers of two.
-    kc = tl.arange(0, 8 // K_BITS * K_W_PAD)
-    kc_ok = kc % K_W_PAD < K_W
-    if K_W < K_W_PAD:
-        kc = kc // K_W_PAD * K_W + kc % K_W_PAD
-    vc = tl.arange(0, 8 // V_BITS * V_W_PAD)
-    vc_ok = vc % V_W_PAD < V_W
-    if V_W < V_W_PAD:
-        vc = vc // V_W_PAD * V_W + vc % V_W_PAD
+    k_codes, k_scale, k_low, k_tail = _begin(k_codes, k_scale, k_low, k_tail, wide, k_rows, k_few, k_tail_rows, K_W, D, D)
+    v_codes, v_scale, v_low, v_tail = _begin(
+        v_codes, v_scale, v_low, v_tail, wide, v_rows, v_few, v_tail_rows, V_W, DV // V_GROUP, DV
+    )
+    kc, kc_ok = _channels(K_BITS, K_W, K_W_PAD)
+    vc, vc_ok = _channels(V_BITS, V_W, V_W_PAD)
     r = tl.arange(0, TILE)
     i = tl.arange(0, KEYS)
     head = g * PACK + r
@@ -155,11 +170,7 @@ def attend_codes(
         vt = _coded(
             v_codes, v_scale, v_low, v_tail, key, ok, vc, vc_ok, KEYS, V_BITS, V_W, V_W_PAD, V_GROUP, DV, False, True
         )
-        s = _product(qt, kt, FP32)
-        if BIAS:
-            s = _logits(s, scale, 0.0, tl.load(bias + wide * capacity + key, mask=ok, other=0.0), False, True)
-        s = tl.where(ok[None, :], s, float("-inf"))
-        m, l, acc = _fold(s, vt, m, l, acc, scale, not BIAS, FP32)
+        m, l, acc = _step(qt, kt, vt, key, ok, m, l, acc, scale, bias, wide * capacity, BIAS, FP32)
     for t in tl.range(tl.maximum(first, clear), last, num_stages=1):  # few: their memory is better spent above
         key = v_end + (t - clear) * KEYS + i
         ok = key < size
@@ -169,15 +180,5 @@ def attend_codes(
         )
         kt = tl.where(old[:, None], kt, _late(k_tail, key, ok & (key >= k_end), k_end, k_ring, kc, kc_ok, D))
         vt = _late(v_tail, key, ok, v_end, v_ring, vc, vc_ok, DV)
-        s = _product(qt, kt, FP32)
-        if BIAS:
-            s = _logits(s, scale, 0.0, tl.load(bias + wide * capacity + key, mask=ok, other=0.0), False, True)
-        s = tl.where(ok[None, :], s, float("-inf"))
-        m, l, acc = _fold(s, vt, m, l, acc, scale, not BIAS, FP32)
-    some = l > 0
-    acc = acc / tl.where(some, l, 1.0)[:, None]
-    at = (wide * PACK + r) * SPLITS + split
-    mask = (r < PACK)[:, None] & vc_ok[None, :]
-    tl.store(out + at[:, None] * DV + vc[None, :], acc.to(out.dtype.element_ty), mask=mask)
-    if LSE:
-        tl.store(lse + at, tl.where(some, (m + tl.log2(tl.where(some, l, 1.0))) * LN2, float("-inf")), mask=r < PACK)
+        m, l, acc = _step(qt, kt, vt, key, ok, m, l, acc, scale, bias, wide * capacity, BIAS, FP32)
+    _finish(out, lse, (wide * PACK + r) * SPLITS + split, r < PACK, vc, vc_ok, acc, m, l, DV, LSE)

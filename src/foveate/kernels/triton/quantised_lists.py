@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from .arrivals import leave, merge
-from .quantised_decode import COUNTS, _coded, _late
-from .walk import BIG, FLOOR, LN2, _fold, _logits, _product
+from .quantised_decode import COUNTS, _begin, _channels, _coded, _late, _step
+from .steps import BIG, FLOOR, _finish
 
 LOOK = tl.constexpr(128)  # starts of tiles that a program looks at once
 
@@ -32,6 +32,20 @@ def _keys(tiles, t, used, size, WIDTH: tl.constexpr, KEYS: tl.constexpr):
     key = start + flat % WIDTH
     ok = (key >= 0) & (key < tl.minimum(stop, size))
     return tl.where(ok, key, 0), ok
+
+
+@triton.jit
+def _clear(tiles, used, first, last, end, WIDTH: tl.constexpr, KEYS: tl.constexpr):
+    """Steps of a list from `first` on that lie before entry `end` altogether, as the number of the one behind them, at most
+    `last`: tiles ascend."""
+    tile = first * KEYS // WIDTH
+    stop = tl.minimum(tl.cdiv(last * KEYS, WIDTH), used)
+    below = tile
+    for c in range(tile, stop, LOOK):
+        i = c + tl.arange(0, LOOK)
+        start = tl.load(tiles + i, mask=i < stop, other=BIG)
+        below += tl.sum((start <= end - WIDTH).to(tl.int32))
+    return tl.where(below == stop, last, tl.minimum(last, below * WIDTH // KEYS))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -68,23 +82,12 @@ def attend_listed(
         size = tl.minimum(tl.load(length + wide).to(tl.int32), capacity)
     k_end = tl.load(k_done + b).to(tl.int32)
     v_end = tl.minimum(tl.load(v_done + b).to(tl.int32), size)
-    k_codes += wide * k_rows * K_W
-    k_scale += wide * k_few * D
-    k_low += wide * k_few * D
-    k_tail += wide * k_tail_rows * D
-    v_codes += wide * v_rows * V_W
-    v_scale += wide * v_few * (DV // V_GROUP)
-    v_low += wide * v_few * (DV // V_GROUP)
-    v_tail += wide * v_tail_rows * DV
-    # Channels in the order in which bytes hold them, parts padded to powers of two.
-    kc = tl.arange(0, 8 // K_BITS * K_W_PAD)
-    kc_ok = kc % K_W_PAD < K_W
-    if K_W < K_W_PAD:
-        kc = kc // K_W_PAD * K_W + kc % K_W_PAD
-    vc = tl.arange(0, 8 // V_BITS * V_W_PAD)
-    vc_ok = vc % V_W_PAD < V_W
-    if V_W < V_W_PAD:
-        vc = vc // V_W_PAD * V_W + vc % V_W_PAD
+    k_codes, k_scale, k_low, k_tail = _begin(k_codes, k_scale, k_low, k_tail, wide, k_rows, k_few, k_tail_rows, K_W, D, D)
+    v_codes, v_scale, v_low, v_tail = _begin(
+        v_codes, v_scale, v_low, v_tail, wide, v_rows, v_few, v_tail_rows, V_W, DV // V_GROUP, DV
+    )
+    kc, kc_ok = _channels(K_BITS, K_W, K_W_PAD)
+    vc, vc_ok = _channels(V_BITS, V_W, V_W_PAD)
     r = tl.arange(0, TILE)
     head = unit * PACK + r
     at = b.to(tl.int64) * q_sb + head.to(tl.int64) * q_sh
@@ -96,15 +99,7 @@ def attend_listed(
     share = tl.maximum(tl.cdiv(steps, SPLITS), 1)
     first = split * share
     last = tl.minimum(steps, first + share)
-    # Tiles ascend: the first ones of this program's share are coded on both sides.
-    tile = first * KEYS // WIDTH
-    end = tl.minimum(tl.cdiv(last * KEYS, WIDTH), used)
-    below = tile
-    for c in range(tile, end, LOOK):
-        i = c + tl.arange(0, LOOK)
-        start = tl.load(tiles + i, mask=i < end, other=BIG)
-        below += tl.sum((start <= v_end - WIDTH).to(tl.int32))
-    clear = tl.where(below == end, last, tl.minimum(last, below * WIDTH // KEYS))
+    clear = _clear(tiles, used, first, last, v_end, WIDTH, KEYS)  # up to there all is coded on both sides
     RUN: tl.constexpr = WIDTH % KEYS == 0
     for t in tl.range(first, clear, num_stages=STAGES):
         key, ok = _keys(tiles, t, used, v_end, WIDTH, KEYS)
@@ -114,11 +109,7 @@ def attend_listed(
         vt = _coded(
             v_codes, v_scale, v_low, v_tail, key, ok, vc, vc_ok, KEYS, V_BITS, V_W, V_W_PAD, V_GROUP, DV, False, False
         )
-        s = _product(qt, kt, FP32)
-        if BIAS:
-            s = _logits(s, scale, 0.0, tl.load(bias + wide * capacity + key, mask=ok, other=0.0), False, True)
-        s = tl.where(ok[None, :], s, float("-inf"))
-        m, l, acc = _fold(s, vt, m, l, acc, scale, not BIAS, FP32)
+        m, l, acc = _step(qt, kt, vt, key, ok, m, l, acc, scale, bias, wide * capacity, BIAS, FP32)
     for t in tl.range(tl.maximum(first, clear), last, num_stages=1):  # few: their memory is better spent above
         key, ok = _keys(tiles, t, used, size, WIDTH, KEYS)
         old = ok & (key < k_end)
@@ -131,14 +122,8 @@ def attend_listed(
             v_codes, v_scale, v_low, v_tail, key, old, vc, vc_ok, KEYS, V_BITS, V_W, V_W_PAD, V_GROUP, DV, False, False
         )
         vt = tl.where(old[:, None], vt, _late(v_tail, key, ok & (key >= v_end), v_end, v_ring, vc, vc_ok, DV))
-        s = _product(qt, kt, FP32)
-        if BIAS:
-            s = _logits(s, scale, 0.0, tl.load(bias + wide * capacity + key, mask=ok, other=0.0), False, True)
-        s = tl.where(ok[None, :], s, float("-inf"))
-        m, l, acc = _fold(s, vt, m, l, acc, scale, not BIAS, FP32)
+        m, l, acc = _step(qt, kt, vt, key, ok, m, l, acc, scale, bias, wide * capacity, BIAS, FP32)
     spot = tl.program_id(1)
-    live = r < PACK
-    some = l > 0
     if SPLITS > 1:
         parts = tl.maximum(tl.cdiv(steps, share), 1)
         DV_PAD: tl.constexpr = 8 // V_BITS * V_W_PAD
@@ -150,8 +135,4 @@ def attend_listed(
                     CHUNK, 1, LSE,
                 )  # fmt: skip
     else:
-        acc = acc / tl.where(some, l, 1.0)[:, None]
-        at = spot.to(tl.int64) * PACK + r
-        tl.store(out + at[:, None] * DV + vc[None, :], acc.to(out.dtype.element_ty), mask=live[:, None] & vc_ok[None, :])
-        if LSE:
-            tl.store(lse + at, tl.where(some, (m + tl.log2(tl.where(some, l, 1.0))) * LN2, float("-inf")), mask=live)
+        _finish(out, lse, spot.to(tl.int64) * PACK + r, r < PACK, vc, vc_ok, acc, m, l, DV, LSE)

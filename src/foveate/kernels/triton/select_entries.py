@@ -1,12 +1,10 @@
-"""The best single entries of a row, exactly: short rows, and few entries of long ones; `select_entries_long.py` does others.
+"""The best single entries of a short row, exactly, in one program; `select_entries_long.py` does long rows.
 
-A short row is held in registers. Of a long one, the k best entries lie in the k blocks of best peak: each block before that
-of an entry brings one entry that ranks before it, with the same rule for ties. So `block_peaks` reduces blocks of a few
-entries in parallel, `choose` finds the k best blocks and then, among their entries alone, the k best. Lengths are read on
-the device, lists are ascending, and nothing depends on the order in which programs run. Keys are uint32 that rank as scores
-do: forced entries are `NEWEST`, what does not exist is 0.
+A threshold that `keep` entries reach is searched among keys held in registers, and a prefix sum packs what lies above it and
+the first that tie with it. Lengths are read on the device, lists are ascending. Keys are uint32 that rank as scores do:
+forced entries are `NEWEST`, what does not exist is 0.
 
-What is computed is `scores/entries.py`; `select_entries_launch.py` calls these kernels.
+What is computed is `scores/entries.py`; `select_entries_launch.py` calls this kernel.
 """
 
 from __future__ import annotations
@@ -28,13 +26,10 @@ def _size(length, row, lists, groups, m):
 
 
 @triton.jit
-def _keys(score, i, n, sink, recent, SHIFT: tl.constexpr = 15):
-    """Keys of the entries i, from their scores. Whole numbers of 16 bits stand SHIFT bits up: 15, and the upper 22 bits tell
-    them apart, as those of other scores of 16 bits; 0, and the range is so small that few guesses find a threshold."""
-    ok = i < n
-    x = tl.load(score + i, mask=ok, other=0)
-    if x.dtype == tl.int16:
-        key = (x.to(tl.int32) + 32769).to(tl.uint32, bitcast=True) << SHIFT
+def _key(x, i, n, sink, recent):
+    """Keys of the entries i, from their scores x."""
+    if x.dtype == tl.int16:  # a range so small that few guesses find a threshold
+        key = (x.to(tl.int32) + 32769).to(tl.uint32, bitcast=True)
     else:
         x = x.to(tl.float32)
         x = tl.where(x == 0, 0.0, x)
@@ -42,70 +37,61 @@ def _keys(score, i, n, sink, recent, SHIFT: tl.constexpr = 15):
         bits = x.to(tl.int32, bitcast=True)
         key = (bits ^ ((bits >> 31) | TOP_BIT)).to(tl.uint32, bitcast=True)
     key = tl.where((i < sink) | (i >= n - recent), NEWEST, key)
-    return tl.where(ok, key, 0)
+    return tl.where(i < n, key, 0)
 
 
-@triton.jit(do_not_specialize=["m", "blocks"])
-def block_peaks(
-    score, length, peaks, m, blocks, lists, groups, sink, recent,
-    WIDTH: tl.constexpr,  # entries of a block
-    CHUNK: tl.constexpr,  # entries of a program
-):  # fmt: skip
-    """Highest key of each block. grid: (ceil(M / CHUNK), B * lists). peaks int32 `[B * lists, blocks]`, keys bit by bit."""
-    row = tl.program_id(1)
-    n = _size(length, row, lists, groups, m)
-    first = tl.program_id(0) * CHUNK
-    if first < n:
-        key = _keys(score + row.to(tl.int64) * m, first + tl.arange(0, CHUNK), n, sink, recent, 0)
-        top = tl.max(tl.reshape(key, [CHUNK // WIDTH, WIDTH]), 1)
-        block = first // WIDTH + tl.arange(0, CHUNK // WIDTH)
-        tl.store(peaks + row.to(tl.int64) * blocks + block, top.to(tl.int32, bitcast=True), mask=block < blocks)
+@triton.jit
+def _keys(score, i, n, sink, recent):
+    return _key(tl.load(score + i, mask=i < n, other=0), i, n, sink, recent)
 
 
-@triton.jit(do_not_specialize=["m", "stride"])
+@triton.jit
+def _guesses(low, high):
+    """Two keys that cut what lies above low and not above high in three."""
+    third = (high - low) // 3
+    return low + third + 1, high - third
+
+
+@triton.jit
+def _narrow(low, high, a, z, reach_a, reach_z, k, slack):
+    """(low, high) once it is known how many keys reach the guesses. At least k reach low, fewer than k lie above high;
+    they meet where at most k + slack reach low."""
+    below = tl.where(reach_a > k + slack, z - 1, tl.where(reach_a >= k, a, a - 1))
+    high = tl.where(reach_z > k + slack, high, tl.where(reach_z >= k, z, below))
+    return tl.where(reach_z >= k, z, tl.where(reach_a >= k, a, low)), high
+
+
+@triton.jit
+def _reach(key, a, z):
+    """How many keys reach each guess, in the lower and the upper 16 bits. Fewer than 1 << 15 keys."""
+    return tl.sum((key >= a).to(tl.int32) | ((key >= z).to(tl.int32) << 16))
+
+
+@triton.jit
 def choose(
-    source, length, listed, listed_count, out, count, m, stride, keep, lists, groups, sink, recent,
-    SOURCE: tl.constexpr,  # "scores", "peaks" of blocks, or scores of the "listed" blocks
-    WIDTH: tl.constexpr,  # entries of a block
-    LATE: tl.constexpr,  # equal keys go to the later number
-    CHUNK: tl.constexpr,  # at least the numbers there are to choose from
+    score, length, out, count, m, keep, lists, groups, sink, recent,
+    LATE: tl.constexpr,  # equal keys go to the later entry
+    CHUNK: tl.constexpr,  # at least m
 ):  # fmt: skip
-    """The `keep` best entries, or blocks, of each row. grid: (B * lists,).
+    """The `keep` best entries of each row. grid: (B * lists,).
 
-    source `[B * lists, stride]`; listed int32 `[B * lists, keep]` with counts. out int32 `[B * lists, keep]`, ascending,
-    padded with the row's last; count int32 `[B * lists]`. The threshold is searched as in `paging.select_pages`.
+    score `[B * lists, m]`. out int32 `[B * lists, keep]`, ascending, padded with the row's last; count int32 `[B * lists]`.
     """
     row = tl.program_id(0)
     n = _size(length, row, lists, groups, m)
-    source += row.to(tl.int64) * stride
     out += row.to(tl.int64) * keep
-    there = n
     i = tl.arange(0, CHUNK)
-    if SOURCE == "peaks":
-        there = tl.cdiv(n, WIDTH)
-        key = tl.load(source + i, mask=i < there, other=0).to(tl.uint32, bitcast=True)
-    else:
-        if SOURCE == "listed":
-            ok = i < tl.load(listed_count + row) * WIDTH
-            block = tl.load(listed + row.to(tl.int64) * keep + i // WIDTH, mask=ok, other=0)
-            i = tl.where(ok, block * WIDTH + i % WIDTH, n)
-        key = _keys(source, i, n, sink, recent, 0)
-    k = tl.minimum(keep, there)
+    key = _key(tl.load(score + row.to(tl.int64) * m + i, mask=i < m, other=0), i, n, sink, recent)  # 16 bytes a load
+    k = tl.minimum(keep, n)
     low = tl.min(tl.where(key > 0, key, NEWEST))
     high = tl.max(tl.where(key == NEWEST, 0, key))  # of those that are not forced
     forced = tl.sum((key == NEWEST).to(tl.int32))
     low = tl.where(k > forced, low, NEWEST)
-    high = tl.where(k > forced, tl.where(k < there, high, low), NEWEST)
-    while low < high:  # at least k keys reach low, fewer than k lie above high: cut what is between in three
-        third = (high - low) // 3
-        a = low + third + 1
-        z = high - third
-        reach = tl.sum((key >= a).to(tl.int32) | ((key >= z).to(tl.int32) << 16))
-        reach_a = reach & 0xFFFF
-        reach_z = reach >> 16
-        below = tl.where(reach_a > k, z - 1, tl.where(reach_a == k, a, a - 1))  # exactly k reach it: the search is over
-        high = tl.where(reach_z > k, high, tl.where(reach_z == k, z, below))
-        low = tl.where(reach_z >= k, z, tl.where(reach_a >= k, a, low))
+    high = tl.where(k > forced, tl.where(k < n, high, low), NEWEST)
+    while low < high:
+        a, z = _guesses(low, high)
+        reach = _reach(key, a, z)
+        low, high = _narrow(low, high, a, z, reach & 0xFFFF, reach >> 16, k, 0)
     better = key > low
     tied = (key == low) & (key > 0)
     both = tl.cumsum((better.to(tl.int32) << 16) | tied.to(tl.int32), 0)  # two sums in one; CHUNK is below 1 << 15
@@ -116,7 +102,13 @@ def choose(
     take = better | (tied & (rank > 0) & (rank <= room))
     slot = (both >> 16) + tl.minimum(tl.maximum(rank, 0), room) - 1
     tl.store(out + slot, i, mask=take)
-    for c in range(k, keep, 128):  # a row of fewer numbers than `keep` gives all it has
-        j = c + tl.arange(0, 128)
-        tl.store(out + j, tl.zeros([128], tl.int32) + tl.maximum(there - 1, 0), mask=j < keep)
+    _pad(out, k, keep, n)
     tl.store(count + row, k)
+
+
+@triton.jit
+def _pad(out, k, keep, n):
+    """A row of fewer entries than `keep` gives all it has, so its last is n - 1."""
+    for c in range(k, keep, 128):
+        j = c + tl.arange(0, 128)
+        tl.store(out + j, tl.zeros([128], tl.int32) + tl.maximum(n - 1, 0), mask=j < keep)

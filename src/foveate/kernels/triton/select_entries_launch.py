@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
 
 import torch
 import triton
 from torch import Tensor
 
 from . import select_entries as kernels
+from . import select_entries_listed as listed
 from . import select_entries_long as long
+from .config import device
 from .paging_launch import INTERPRET, _has_bf16
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int32)
-ONE = 4096  # entries of a row that one program takes
-FEW = 512  # of a long row, up to so many entries are chosen through the peaks of blocks: on an H200 128 of 128K in 32 rows
-# take 21 us so and about 70 by digits, 1,024 about 80 either way, 2,048 of a single row 160 and about 60
-HELD = 16384  # numbers that a program chooses from at most
-PEAKS = 2048  # entries that a program of block_peaks reduces
-CHUNKS = (2048, 8192)  # entries of a program where many share a row: fewer entries, or more than MANY in all rows
-MANY = 1 << 20
+ONE = 8192  # entries of a row that one program takes
+PARTS = (4096, 32768)  # entries of a part of a long row: few enough for one program a multiprocessor, if that can be
+STEP, WARPS = 8192, 16  # entries that list_entries looks at together; its warps
+SAMPLES = (2048, 4096)  # entries of a sample: the larger one for more than FEW to choose, or rows of more than LONG
+FEW, LONG = 1024, 1 << 18
+HELD, KEYS = (1024, 16384), 512  # numbers that one program chooses from at once, at least and at most; those of a warp
+EARLY = False  # the second launch starts while the first still runs, and waits for it on the device (Hopper and later)
 
 
 def usable(t: Tensor) -> bool:
@@ -44,51 +46,44 @@ def best_entries(
     count = torch.empty(b, lists, dtype=torch.int32, device=score.device)
     given = (lists, groups, sink, recent)
     if m <= ONE:
-        _choose(rows, m, score, length, None, None, out, count, m, m, keep, *given, SOURCE="scores", WIDTH=1, LATE=late)
-        return out, count
-    width = _width(m, keep)
-    blocks = -(-m // width)
-    if keep <= FEW and blocks <= HELD and keep * width <= HELD:
-        peaks = torch.empty(rows, blocks, dtype=torch.int32, device=score.device)
-        listed, found = torch.empty_like(out), torch.empty_like(count)
-        kernels.block_peaks[(-(-m // PEAKS), rows)](
-            score, length, peaks, m, blocks, *given, WIDTH=width, CHUNK=PEAKS, num_warps=4
+        chunk = max(256, triton.next_power_of_2(m))
+        kernels.choose[(rows,)](
+            score, length, out, count, m, keep, *given, LATE=late, CHUNK=chunk, num_warps=min(32, max(4, chunk // 512))
         )
-        how = {"WIDTH": width, "LATE": late}
-        _choose(rows, blocks, peaks, length, None, None, listed, found, m, blocks, keep, *given, SOURCE="peaks", **how)
-        _choose(rows, keep * width, score, length, listed, found, out, count, m, m, keep, *given, SOURCE="listed", **how)
         return out, count
-    chunk = CHUNKS[rows * m > MANY]
-    chunks, warps = -(-m // chunk), max(1, chunk // (32 * long.PER.value))
-    make = functools.partial(torch.empty, device=score.device)
-    bins = torch.zeros(rows, 3, long.BINS.value, dtype=torch.int32, device=score.device)
-    state, has = make(rows, 2, 4, dtype=torch.int32), make(rows, chunks, dtype=torch.int32)
-    lead = make(rows, chunks, 2, long.LAST.value, dtype=torch.int16)
-    shared = score.device.type != "cpu" and torch.version.hip is None
-    options = {"num_warps": warps, **({"maxnreg": 64} if shared and warps == 16 else {})}  # two programs a multiprocessor
-    wide = score.dtype.itemsize == 4
-    for stage in range(3):
-        long.count_digit[(chunks, rows)](
-            score, length, bins, state, has, lead, m, chunks, keep, *given,
-            STAGE=stage, WIDE=wide, CHUNK=chunk, SHARED=shared, **options,
-        )  # fmt: skip
-    long.write_chunks[(chunks, rows)](
-        score, length, bins, state, has, lead, out, count, m, chunks, keep, *given,
-        LATE=late, WIDE=wide, CHUNK=chunk, CHUNKS=max(32, triton.next_power_of_2(chunks)), **options,
+    _, cores = device(score.device.index if score.device.type == "cuda" else None)
+    sample = SAMPLES[keep > FEW or m > LONG]
+    part = PARTS[0]
+    while part < PARTS[1] and rows * -(-m // part) > cores:
+        part *= 2
+    parts = -(-m // part)
+    expected, region = _expected(m, keep, sample, part)
+    bounds, sizes = (torch.empty(shape, dtype=torch.int32, device=score.device) for shape in (rows, (rows, parts)))
+    spots = torch.empty(rows, parts, region, dtype=torch.int16, device=score.device)
+    keys = torch.empty(rows, parts, region, dtype=torch.uint32, device=score.device)
+    bits = torch.empty(rows, parts, 2, part // 32, dtype=torch.uint32, device=score.device)
+    long.list_entries[(parts, rows)](
+        score, length, bounds, sizes, spots, keys, bits, m, parts, keep, region, 1, *given,
+        LATE=late, SAMPLE=sample, PART=part, STEP=min(part, STEP), EARLY=EARLY, num_warps=WARPS,
+    )  # fmt: skip
+    across = max(32, triton.next_power_of_2(parts))  # of a warp, at least
+    held = max(min(max(triton.next_power_of_2(expected), HELD[0]), HELD[1]), 4 * across)
+    listed.choose_listed[(rows,)](
+        score, length, bounds, sizes, spots, keys, out, count, m, parts, keep, region, *given,
+        LATE=late, PART=part, PARTS=across, HELD=held, EARLY=EARLY,
+        num_warps=min(32, max(8, held // KEYS)), **({"launch_pdl": True} if EARLY else {}),
     )  # fmt: skip
     return out, count
 
 
-def _choose(rows: int, total: int, *args: Any, **options: Any) -> None:
-    """Launch `choose` for rows of at most `total` numbers."""
-    chunk = max(256, triton.next_power_of_2(total))
-    kernels.choose[(rows,)](*args, CHUNK=chunk, num_warps=min(32, max(4, chunk // 512)), **options)
-
-
 @functools.lru_cache(maxsize=64)
-def _width(m: int, keep: int) -> int:
-    """Entries of a block, so that the two choices have about as many numbers each."""
-    width = 2
-    while width < 64 and keep * width * width * 2 < m:
-        width *= 2
-    return width
+def _expected(m: int, keep: int, sample: int, part: int) -> tuple[int, int]:
+    """(entries that are likely to reach the bound in a row of m of different scores, entries that a part can list).
+
+    One row in ten has more than the first, and is then read in every round of the search.
+    """
+    width = -(-m // sample)
+    share = keep / width
+    want = share + 4 * math.sqrt(share) + 5  # as `select_entries_long._bound`; its search stops within a sixteenth
+    expected = math.ceil((1.03 * want + 1.25 * math.sqrt(want)) * width)
+    return expected, min(part, (expected * 5 // 4 + keep + 63) // 32 * 32)

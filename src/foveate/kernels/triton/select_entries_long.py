@@ -1,10 +1,14 @@
-"""The best single entries of long rows, exactly, by the digits of their keys: many programs share a row, none waits.
+"""The best single entries of long rows, exactly, in two launches: list the few that may be among them, choose among those.
 
-A key (uint32, `select_entries._keys`) has digits of 11, 11 and 10 bits. Three launches of `count_digit` find those of the
-k-th best key one after the other: programs count the digits of their own keys in shared memory and add them to the row's
-bins, and the next launch walks the bins from the top. The search is over once all keys that share the digits so far are
-wanted. The last launch also notes what each chunk of a row has, so that `write_chunks` knows where a chunk's entries go.
-Sums of integers do not depend on the order of programs, and lists are ascending.
+A sample of a row, one entry of each of as many equal stretches, says which score a little more than `keep` entries should
+reach: the bound. Its place in a stretch is scattered, so whatever the order of the scores, the number of entries that reach
+a given score varies in the sample no more than in one drawn at random. `list_entries` lists what reaches the bound, part by
+part; all programs of a row find the same bound. `select_entries_listed.py` chooses among what is listed, or if fewer than
+`keep` reach the bound, or a list overflows, among the whole row: slow and exact. Nothing depends on the order of programs,
+nothing waits.
+
+Odds of a row that has to be gone through: if a sample should hold s of the `keep` best, the bound is what s + 4 sqrt(s) + 5
+of the sample reach. A Poisson number exceeds that 3 times in 100,000 at worst (s above 1,000), once in 100,000 at s 64.
 
 What is computed is `scores/entries.py`; `select_entries_launch.py` calls these kernels.
 """
@@ -14,196 +18,176 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .select_entries import _keys, _size
-
-BINS = tl.constexpr(2048)
-LAST = tl.constexpr(1024)  # of the third digit
-PER = tl.constexpr(16)  # keys a thread
-
-
-def _shared_counts(per: int, bins: int) -> str:
-    """PTX that counts digits ($per..) in shared memory and reads the bins at places ($2 per..) into $0.. on.
-
-    Triton's own histogram of 2,048 bins takes over 200 instructions for 32 keys; this adds once a key.
-    """
-    at = lambda name: f"setp.lt.u32 here, {name}, {bins}; mad.lo.u32 at, {name}, 4, base;"  # noqa: E731
-    digits, places = ([f"${per * part + j}" for j in range(per)] for part in (1, 2))
-    lines = [f".shared .align 4 .b32 bins[{bins}];", ".reg .pred here;", ".reg .b32 base, at;", "mov.u32 base, bins;"]
-    lines += [f"{at(p)} @here st.shared.b32 [at], 0;" for p in places]
-    lines += ["bar.sync 0;"]
-    lines += [f"{at(d)} @here red.shared.add.u32 [at], 1;" for d in digits]
-    lines += ["bar.sync 0;"]
-    lines += [f"{at(p)} mov.b32 ${j}, 0; @here ld.shared.b32 ${j}, [at];" for j, p in enumerate(places)]
-    return "\n".join(["{", *lines, "}"])
-
-
-COUNTS = tl.constexpr(_shared_counts(PER.value, BINS.value))
-REGISTERS = tl.constexpr(",".join(["=&r"] * PER.value + ["r"] * 2 * PER.value))
+from .paging import NEWEST
+from .select_entries import _guesses, _key, _keys, _narrow, _reach, _size
 
 
 @triton.jit
-def _walk(bins, want):
-    """(the bin, from the top, in which `want` keys are reached; keys above it; keys in it). bins int32 `[BINS]`."""
-    place = tl.arange(0, BINS)
-    count = tl.load(bins + (place ^ (BINS - 1)))
-    reach = tl.cumsum(count, 0)
-    short = reach < want
-    above = tl.max(tl.where(short, reach, 0), 0)
-    passed = tl.minimum(tl.sum(short.to(tl.int32), 0), BINS - 1)
-    inside = tl.sum(tl.where(place == passed, count, 0), 0)
-    return passed ^ (BINS - 1), above, inside
+def _bound(score, n, k, sink, recent, SAMPLE: tl.constexpr):
+    """A key that most probably k of the row's n entries reach, and not many more. 0 < n."""
+    GROUPS: tl.constexpr = SAMPLE // 32
+    width = tl.cdiv(n, SAMPLE)
+    i = tl.arange(0, SAMPLE)
+    mixed = i.to(tl.uint32, bitcast=True) * 0x9E3779B1
+    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77
+    mixed = (mixed ^ (mixed >> 13)) >> 16
+    place = ((mixed * width.to(tl.uint32)) >> 16).to(tl.int32)  # below width, which is below 1 << 16
+    stretch = i // 32 + (i % 32) * GROUPS  # 32 numbers side by side, a warp's, come from all over the row
+    key = _keys(score, stretch * width + place, n, sink, recent)
+    share = k.to(tl.float32) / width
+    want = tl.where(width > 1, share + 4.0 * tl.sqrt(share) + 5.0, k.to(tl.float32)).to(tl.int32)
+    both = tl.sum((key > 0).to(tl.int32) | ((key == NEWEST).to(tl.int32) << 16))
+    peak = tl.min(tl.max(tl.reshape(key, [GROUPS, 32]), 1))  # at least one of each group reaches it
+    low = tl.where(want <= GROUPS, tl.maximum(peak, 1), 1)
+    high = tl.max(tl.where(key == NEWEST, 0, key))  # of those that are not forced
+    low = tl.where((both >> 16) >= want, NEWEST, low)
+    if (k >= n) | (want >= (both & 0xFFFF)):
+        low = tl.full([], 1, tl.uint32)
+        high = low
+    while low < high:
+        a, z = _guesses(low, high)
+        reach = _reach(key, a, z)
+        low, high = _narrow(low, high, a, z, reach & 0xFFFF, reach >> 16, want, want // 16)
+    return low
 
 
 @triton.jit
-def _edge(bins, state, k, STAGE: tl.constexpr, WIDE: tl.constexpr):
-    """What is known when STAGE digits are counted: (the digits; how many bits follow them; keys above; keys with them).
-
-    bins int32 `[3, BINS]` of a row; state int32 `[2, 4]`, what was known after one and two digits.
-    """
-    if STAGE == 1:
-        digits, above, inside = _walk(bins, k)
-        rest = tl.full([], 21, tl.int32)
+def _level(score, bound):
+    """What a score has to reach for its key to reach the bound; whether all scores do."""
+    if score.dtype.element_ty == tl.int16:
+        level = tl.where(bound == NEWEST, 1 << 16, bound.to(tl.int32, bitcast=True) - 32769)
+        everything = bound <= 1
     else:
-        known = state + (STAGE - 2) * 4
-        digits = tl.load(known)
-        rest = tl.load(known + 1)
-        above = tl.load(known + 2)
-        inside = tl.load(known + 3)
-        more_digits = above + inside > k  # else all of these keys are wanted, and no digit was counted since
-        if STAGE == 3:
-            more_digits &= WIDE
-        if more_digits:
-            digit, more, inside_now = _walk(bins + (STAGE - 1) * BINS, k - above)
-            width: tl.constexpr = 11 if STAGE == 2 else 10
-            digits = (digits << width) | digit
-            rest = rest - width
-            above += more
-            inside = inside_now
-    return digits, rest, above, inside
+        bits = tl.where(bound >= 0x80000000, bound ^ 0x80000000, bound ^ NEWEST)
+        level = bits.to(tl.float32, bitcast=True)  # of NEWEST a NaN, which nothing reaches
+        everything = bound <= 0x007FFFFF  # the key of -inf, which a NaN ranks as
+    return level, everything
 
 
 @triton.jit
-def _sides(key, digits, rest):
-    """(keys above the edge, keys at it)."""
-    part = key >> rest.to(tl.uint32)
-    digits = digits.to(tl.uint32, bitcast=True)
-    return (part > digits) & (key > 0), (part == digits) & (key > 0)
+def _below(count):
+    """uint32 with the lowest `count` bits set: none below 0, all above 32."""
+    some = tl.full(count.shape, 1, tl.uint32) << tl.minimum(tl.maximum(count, 0), 31).to(tl.uint32)
+    return tl.where(count > 31, NEWEST, some - 1)
 
 
 @triton.jit
-def _count(digit, alike, CHUNK: tl.constexpr, SHARED: tl.constexpr):
-    """(bins, how many keys each has), the bins from 0 on and perhaps more than BINS, which have none."""
-    if SHARED:
-        place = tl.arange(0, CHUNK)
-        digit = tl.where(alike, digit, BINS)
-        count = tl.inline_asm_elementwise(COUNTS, REGISTERS, [digit, place], dtype=tl.int32, is_pure=False, pack=PER)
-    else:
-        place = tl.arange(0, BINS)
-        count = tl.histogram(digit, BINS, mask=alike)
-    return place, count
+def _fetch(score, at, stop, m, STEP: tl.constexpr):
+    """Scores of STEP entries from `at` on, 32 a line. The mask knows nothing of lengths, which leaves loads of 16 bytes."""
+    i = at + tl.arange(0, STEP // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    return tl.load(score + i, mask=i < tl.where(at < stop, m, 0), other=0)
 
 
-@triton.jit(do_not_specialize=["m", "chunks"])
-def count_digit(
-    score, length, bins, state, has, lead, m, chunks, keep, lists, groups, sink, recent,
-    STAGE: tl.constexpr,  # digits that are known
-    WIDE: tl.constexpr,  # scores of 32 bits; keys of others differ in two digits
-    CHUNK: tl.constexpr, SHARED: tl.constexpr,
+@triton.jit
+def _mark(x, score, bits, at, stop, m, n, sink, recent, bound, STEP: tl.constexpr):
+    """Write a bit for each entry from `at` to `stop`, whether its key reaches the bound. x: `_fetch` of the first ones.
+
+    bits uint32: that of the entries 32 w .. 32 w + 31 at place w.
+    """
+    level, everything = _level(score, bound)
+    line = tl.arange(0, STEP // 32)
+    j = tl.arange(0, 32)[None, :]
+    weight = tl.full([1, 32], 1, tl.uint32) << j.to(tl.uint32)
+    while at < stop:
+        following = _fetch(score, at + STEP, stop, m, STEP)
+        if x.dtype == tl.int16:
+            reach = x.to(tl.int32) >= level
+        else:
+            reach = x.to(tl.float32) >= level
+        word = tl.sum(tl.where(reach, weight, 0), 1)
+        word = tl.where(everything, NEWEST, word)  # all bits
+        if (at < sink) | (at + STEP > n - recent):
+            i = at + line * 32
+            word = (word | _below(sink - i) | (_below(n - recent - i) ^ NEWEST)) & _below(n - i)
+        tl.store(bits + at // 32 + line, word)
+        x = following
+        at += STEP
+
+
+@triton.jit
+def _ones(word):
+    """How many bits are set in each uint32."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    return ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["parts", "keep", "one"])
+def list_entries(
+    score, length, bounds, sizes, spots, keys, bits, m, parts, keep, region, one, lists, groups, sink, recent,
+    LATE: tl.constexpr,  # of equal keys the later entries are listed
+    SAMPLE: tl.constexpr,
+    PART: tl.constexpr,  # entries of a part, at most 1 << 15
+    STEP: tl.constexpr,  # entries that are looked at together
+    EARLY: tl.constexpr,  # whether `choose_listed` is launched so that it may start, and wait, while this runs
 ):  # fmt: skip
-    """Count digit STAGE of the keys that share the digits before it. grid: (chunks = ceil(M / CHUNK), B * lists).
+    """List what reaches the bound, part by part. grid: (parts = ceil(M / PART), B * lists).
 
-    score `[B * lists, M]`; bins int32 `[B * lists, 3, BINS]`, zero before the first stage; state int32 `[B * lists, 2, 4]`.
-    The last stage writes has int32 `[B * lists, chunks]`, keys above two digits << 16 | keys with them, and lead int16
-    `[B * lists, chunks, 2, LAST]`, of the latter those whose third is LAST - 1 - i, or at least that, if the search goes on.
-    SHARED counts by PTX (PER keys a thread, CHUNK at least BINS), else Triton's histogram does.
+    score `[B * lists, M]`. bounds int32 `[B * lists]`; sizes int32 `[B * lists, parts]`, entries listed; spots int16
+    `[B * lists, parts, region]`, these counted from the start of the part, ascending; keys uint32 of the same shape, theirs,
+    then zeros up to a multiple of 4; bits uint32 `[B * lists, parts, 2, PART / 32]`, scratch. A part with many lists all
+    above the bound and of those at it the first, or the last, `keep` and up to 31 others; if there is no room for these, it
+    says how many there were. Parts beyond a row's length keep what was there. region: a multiple of 4.
+    one: 1, which the compiler must not know: words that lie side by side are then read by threads side by side, which write
+    their entries without moving them first.
     """
+    WORDS: tl.constexpr = PART // 32
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(1)
     n = _size(length, row, lists, groups, m)
-    first = tl.program_id(0) * CHUNK
-    bins += row.to(tl.int64) * (3 * BINS)
-    state += row.to(tl.int64) * 8
-    k = tl.minimum(keep, n)
-    key = _keys(score + row.to(tl.int64) * m, first + tl.arange(0, CHUNK), n, sink, recent)
-    left = first < n
-    alike = key > 0
-    digit = key >> 21
-    if STAGE > 0:
-        digits, rest, above, inside = _edge(bins, state, k, STAGE, WIDE)
-        if tl.program_id(0) == 0:
-            known = state + (STAGE - 1) * 4
-            tl.store(known, digits)
-            tl.store(known + 1, rest)
-            tl.store(known + 2, above)
-            tl.store(known + 3, inside)
-        left = left & (above + inside > k)
-        better, alike = _sides(key, digits, rest)
-        digit = (key >> 10) & (BINS - 1)
-        if STAGE == 2:
-            digit = (key & (LAST - 1)) ^ (LAST - 1)  # from the top, for `lead`
-            chunk = row.to(tl.int64) * chunks + tl.program_id(0)
-            left &= WIDE
-            tl.store(has + chunk, tl.sum((better.to(tl.int32) << 16) | alike.to(tl.int32), 0))
-    if left:
-        place, count = _count(digit.to(tl.int32), alike, CHUNK, SHARED)
-        bins += STAGE * BINS
-        if STAGE < 2:
-            tl.atomic_add(bins + place, count, mask=count > 0, sem="relaxed")
-        else:  # read again from memory: with one use of its result in one layout, Triton does not repeat the PTX
-            own = lead + chunk * (2 * LAST)
-            tl.store(own + place, count.to(tl.int16), mask=place < LAST)
-            tl.debug_barrier()
-            turned = tl.arange(0, LAST)
-            count = tl.load(own + turned).to(tl.int32)
-            tl.store(own + LAST + turned, tl.cumsum(count, 0).to(tl.int16))
-            tl.atomic_add(bins + (turned ^ (LAST - 1)), count, mask=count > 0, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["m", "chunks"])
-def write_chunks(
-    score, length, bins, state, has, lead, out, count, m, chunks, keep, lists, groups, sink, recent,
-    LATE: tl.constexpr,  # equal keys go to the later entry
-    WIDE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Write the entries that each chunk gives. grid: (chunks, B * lists).
-
-    out int32 `[B * lists, keep]`, ascending, padded with the last one; count int32 `[B * lists]`. CHUNKS: `chunks` or more.
-    """
-    row = tl.program_id(1)
-    chunk = tl.program_id(0)
-    n = _size(length, row, lists, groups, m)
-    k = tl.minimum(keep, n)
-    first = chunk * CHUNK
-    i = first + tl.arange(0, CHUNK)
-    key = _keys(score + row.to(tl.int64) * m, i, n, sink, recent)
-    out += row.to(tl.int64) * keep
-    if chunk == 0:
-        tl.store(count + row, k)
-    if (first + CHUNK > k) & (first < keep):  # a row that is shorter than its list gives all it has, so n - 1 is the last
-        tl.store(out + i, tl.zeros([CHUNK], tl.int32) + tl.maximum(n - 1, 0), mask=(i >= k) & (i < keep))
+    first = tl.program_id(0) * PART
     if first < n:
-        bins += row.to(tl.int64) * (3 * BINS)
-        digits, rest, above, inside = _edge(bins, state + row.to(tl.int64) * 8, k, 3, WIDE)
-        c = tl.arange(0, CHUNKS)
-        earlier = c < chunk
-        at = row.to(tl.int64) * chunks + c
-        both = tl.load(has + at, mask=earlier, other=0)
-        better_before = both >> 16
-        tied_before = both & 0xFFFF
-        if rest == 0:  # a third digit was counted
-            turned = (digits & (LAST - 1)) ^ (LAST - 1)
-            reached = lead + at * (2 * LAST) + LAST + turned
-            reach = tl.load(reached, mask=earlier, other=0).to(tl.int32)
-            more = tl.load(reached - 1, mask=c < tl.where(turned > 0, chunk, 0), other=0).to(tl.int32)
-            better_before += more
-            tied_before = reach - more
-        kept = tl.sum(better_before, 0)
-        room = k - above
-        before = tl.sum(tied_before, 0)
-        if LATE:  # equal keys that are left out before the first that is taken
-            before -= inside - room
-        better, tied = _sides(key, digits, rest)
-        ranks = tl.cumsum((better.to(tl.int32) << 16) | tied.to(tl.int32), 0)  # two sums in one; CHUNK is below 1 << 15
-        rank = before + (ranks & 0xFFFF)
-        take = better | (tied & (rank > 0) & (rank <= room))
-        slot = kept + (ranks >> 16) + tl.minimum(tl.maximum(rank, 0), room) - 1
-        tl.store(out + slot, i, mask=take)
+        score += row.to(tl.int64) * m
+        stop = tl.minimum(first + PART, n)
+        x = _fetch(score, first, stop, m, STEP)  # on its way while the bound is found
+        bound = _bound(score, n, tl.minimum(keep, n), sink, recent, SAMPLE)
+        if first == 0:
+            tl.store(bounds + row, bound.to(tl.int32, bitcast=True))
+        place = row.to(tl.int64) * parts + tl.program_id(0)
+        bits += place * (2 * WORDS)
+        _mark(x, score, bits - first // 32, first, stop, m, n, sink, recent, bound, STEP)
+        tl.debug_barrier()  # a word is read by another thread than wrote it
+        w = tl.arange(0, WORDS)
+        word = tl.load(bits + w * one, mask=first + w * 32 < n, other=0)
+        have = _ones(word)
+        size = tl.sum(have, 0)
+        if size > tl.minimum(region, keep + 64):  # all of one score, most likely
+            x = _fetch(score, first, stop, m, STEP)
+            _mark(x, score, bits + WORDS - first // 32, first, stop, m, n, sink, recent, bound + 1, STEP)
+            tl.debug_barrier()
+            better = tl.load(bits + WORDS + w * one, mask=first + w * 32 < n, other=0)
+            tied = word ^ better
+            ties = _ones(tied)
+            before = tl.cumsum(ties, 0) - ties
+            if LATE:
+                before = tl.sum(ties, 0) - ties - before
+            word = better | tl.where(before < keep, tied, 0)
+            have = _ones(word)
+            size = tl.sum(have, 0)
+        spots += place * region
+        keys += place * region
+        pad = size + tl.arange(0, 4)
+        tl.store(keys + pad, tl.zeros([4], tl.uint32), mask=(pad < region) & (pad < (size + 3) // 4 * 4))
+        slot = tl.cumsum(have, 0) - have
+        left = tl.max(have, 0)
+        i = w * 32 + _lowest(word)
+        x = tl.load(score + first + i, mask=word > 0, other=0)
+        while left > 0:
+            rest = word & (word - 1)
+            following = w * 32 + _lowest(rest)
+            y = tl.load(score + first + following, mask=rest > 0, other=0)  # on its way while the one before is written
+            here = (word > 0) & (slot < region)
+            tl.store(spots + slot, i.to(tl.int16), mask=here)
+            tl.store(keys + slot, _key(x, first + i, n, sink, recent), mask=here)
+            word, i, x = rest, following, y
+            slot += 1
+            left -= 1
+        tl.store(sizes + place, size)
+
+
+@triton.jit
+def _lowest(word):
+    """Number of the lowest bit that is set: the exponent of what it stands for. -127 without one."""
+    bit = word & ((word ^ NEWEST) + 1)
+    return (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127

@@ -11,8 +11,8 @@ tokens at once, in two ways between which the device chooses block by block:
   that bound them. A last kernel adds the partial results of each token.
 
 Floors for 32K tokens, H 32, G 8, 16 random blocks, D 128, bf16 on an H100: 0.55 TFLOP, 0.9 ms at 600 TFLOP/s; partial
-results 4.3 GB written and read, 2.9 ms at 3 TB/s; rows of q 4.3 GB from L2. Every result has one owner: no atomics, the
-same bits on every run, and no host synchronisation.
+results 4.3 GB written and read, 2.9 ms at 3 TB/s; rows of q 4.3 GB from L2. Every result has one owner; only bits of
+lists are set by atomics, whose order leaves no trace: the same bits on every run, and no host synchronisation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ...kv import KV
 from ...layout import Layout
 from . import tokens_kernels as kernels
 from .config import device
-from .tokens_lists import SLOTS, TokenLists, build, heads_of
+from .tokens_lists import SLOTS, TokenLists, build, heads_of, listed, slot_words, token_bytes
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read when the kernels were decorated, as Triton does
 SCRATCH = 1 << 30  # bytes of partial results and lists in flight
@@ -124,26 +124,30 @@ def serves(q: Tensor, kv: KV, layout: Layout, softcap: float) -> bool:
 
 
 class Work:
-    """One call in chunks of tokens: `chunks` names them, `lists` builds their lists, `attend` computes them."""
+    """One call in chunks of tokens: `batches` names them, `lists` builds the lists of a batch of them at once, `attend`
+    computes them one by one. The partial results of a chunk and the lists of a batch take at most `scratch` together."""
 
     def __init__(self, q: Tensor, kv: KV, layout: Layout, scale: float, knobs: Config | None = None):
         self.q, self.k, self.v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, kv.k, kv.v))
-        tiles, count = layout.tiles, layout.tile_count
-        assert tiles is not None and count is not None
-        self.tiles, self.count, self.layout = tiles if tiles.stride(-1) == 1 else tiles.contiguous(), count, layout
+        assert layout.tiles is not None and layout.tile_count is not None
+        self.layout = layout if layout.tiles.stride(-1) == 1 else replace(layout, tiles=layout.tiles.contiguous())
         self.knobs = knobs or config(q, kv, layout.tile_width)
         b, h, n, d = q.shape
         _, g, m, _, dv = kv.shape
         self.heads = heads_of(layout, g)
         self.group = triton.next_power_of_2(self.heads.share)
         self.tile = max(1, self.knobs.tile // self.group)
-        self.slots = tiles.shape[-1] + 1  # the last one is that of shared blocks
+        self.slots = layout.tiles.shape[-1] + 1  # the last one is that of shared blocks
         each = h * self.slots * (dv * q.element_size() + 4) * b  # bytes of partial results of a token
-        each += self.heads.leads * -(-m // layout.tile_width) * 5  # and of lists
-        most = min(ROWS_MOST, max(256, self.knobs.scratch // each // 256 * 256))
+        lists = token_bytes(layout, self.heads, self.tile)
+        most = min(ROWS_MOST, max(256, self.knobs.scratch // (each + lists) // 256 * 256))
         number = -(-n // most)
         unit = max(64, self.tile)
         self.size = -(-n // (number * unit)) * unit
+        self.together = max(1, (self.knobs.scratch - self.size * each) // (self.size * lists))  # chunks of a batch
+        self.listed = listed(self.layout, self.heads)
+        self.piece = max(1, self.knobs.piece // self.group)
+        self.longest = triton.next_power_of_2(max(self.piece, 2 * max(self.knobs.rows, self.group) // self.group))
         self.plain: dict[str, object] = dict(
             scale=max(scale, 1e-30) * math.log2(math.e), LISTS=self.heads.g * self.heads.lists, SHARE=self.heads.share, G=g,
             size=self.size, N=n, M=m, SLOTS=self.slots, WIDTH=layout.tile_width, HEADS=self.group, D=d, D_PAD=_pad(d), DV=dv,
@@ -153,15 +157,17 @@ class Work:
             row = "n" if name == "q" else "m"
             self.plain |= dict(zip((f"{name}_sb", f"{name}_s{'h' if name == 'q' else 'g'}", f"{name}_s{row}"), t.stride()))
 
-    def chunks(self) -> list[tuple[int, int]]:
-        """(first token, tokens) of each chunk."""
+    def batches(self) -> list[list[tuple[int, int]]]:
+        """(first token, tokens) of each chunk of each batch."""
         n = self.q.shape[2]
-        return [(first, min(self.size, n - first)) for first in range(0, n, self.size)]
+        chunks = [(first, min(self.size, n - first)) for first in range(0, n, self.size)]
+        return [chunks[i : i + self.together] for i in range(0, len(chunks), self.together)]
 
-    def lists(self, first: int, rows: int) -> TokenLists:
+    def lists(self, batch: list[tuple[int, int]]) -> TokenLists:
+        c = self.knobs
         return build(
-            self.layout, self.heads, first, rows, self.size, tile=self.tile,
-            least=max(1, round(self.tile * self.knobs.shared)), piece=max(1, self.knobs.piece // self.group),
+            self.layout, self.heads, batch, self.size, tile=self.tile, least=max(1, round(self.tile * c.shared)),
+            piece=self.piece, step=max(c.rows, self.group) // self.group,
         )  # fmt: skip
 
     def scratch(self) -> tuple[Tensor, Tensor]:
@@ -170,35 +176,45 @@ class Work:
         part = torch.empty(rows * dv, dtype=self.q.dtype, device=self.q.device)
         return part, torch.empty(rows, dtype=torch.float32, device=self.q.device)
 
-    def partial(self, x: TokenLists, part: Tensor, part_lse: Tensor) -> None:
-        """Partial results of a chunk, block by block."""
+    def partial(self, x: TokenLists, number: int, part: Tensor, part_lse: Tensor) -> None:
+        """Partial results of chunk `number` of a batch, block by block."""
         c = self.knobs
-        part_lse.fill_(float("-inf"))
         kernels.partial_kernel[(x.max_items,)](
-            self.q, self.k, self.v, part, part_lse, x.ids, x.counts, x.items, x.plan, first=x.first, NK=x.blocks,
-            ROWS=max(c.rows, self.group), PIECE=max(1, c.piece // self.group), STAGES=c.stages,
+            self.q, self.k, self.v, part, part_lse, x.ids, x.items, x.plan, number=number, max_items=x.max_items,
+            first=x.chunks[number][0], NK=x.blocks, ROWS=max(c.rows, self.group), LONGEST=self.longest, STAGES=c.stages,
             num_warps=c.warps, num_stages=c.stages, **_cap(c.regs), **self.plain,
         )  # fmt: skip
 
-    def walk(self, x: TokenLists, part: Tensor, part_lse: Tensor) -> None:
-        """Partial results of a chunk over what tiles of tokens share; after `partial`."""
-        c, s, t = self.knobs, self.tiles.stride(), self.count.stride()
-        many = self.tiles.shape[0] > 1
-        kernels.walk_kernel[(x.shared.shape[1], self.heads.leads)](
-            self.q, self.k, self.v, part, part_lse, self.tiles, self.count, x.shared, x.shared_count,
-            H=self.heads.h, HL=self.tiles.shape[1], first=x.first, rows=x.rows, width=x.shared.shape[2],
-            sb=s[0] * many, st=s[1], sq=s[2], cb=t[0] * many, ch=t[1], cq=t[2], ROWS=self.tile * self.group,
-            T_PAD=max(16, triton.next_power_of_2(self.slots - 1)), STAGES=c.tile_stages,
-            num_warps=c.tile_warps, num_stages=c.tile_stages, **self.plain,
+    def place(self, x: TokenLists, number: int) -> tuple[int, dict[str, int]]:
+        """Tiles of a chunk, and where they are among those of its batch."""
+        first, rows = x.chunks[number]
+        tile0 = (first - x.chunks[0][0]) // x.tile
+        return -(-rows // x.tile), dict(tile0=tile0, tiles_all=x.shared.shape[1], first=first, rows=rows)
+
+    def walk(self, x: TokenLists, number: int, part: Tensor, part_lse: Tensor) -> None:
+        """Partial results of a chunk over what tiles of tokens share."""
+        c, (tiles, place) = self.knobs, self.place(x, number)
+        kernels.walk_kernel[(tiles, self.heads.leads)](
+            self.q, self.k, self.v, part, part_lse, shared=x.shared, shared_count=x.shared_count, width=x.shared.shape[2],
+            ROWS=self.tile * self.group, T_PAD=max(16, triton.next_power_of_2(self.slots - 1)), STAGES=c.tile_stages,
+            num_warps=c.tile_warps, num_stages=c.tile_stages, **place, **self.named(), **self.plain,
         )  # fmt: skip
 
-    def merge(self, x: TokenLists, part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | None) -> None:
-        """Output of a chunk: the sum of its partial results."""
-        rows = max(self.knobs.merge, self.group)
-        kernels.merge_kernel[(-(-x.rows * self.group // rows), self.heads.leads)](
-            part, part_lse, out, lse, self.heads.g * self.heads.lists, self.heads.share, self.heads.h, x.first, x.rows,
-            self.size, self.q.shape[2], self.slots, ROWS=rows, HEADS=self.group, LSE=lse is not None, SUM=False,
-            SLOTS_PAD=triton.next_power_of_2(self.slots), DV=self.v.shape[-1], DV_PAD=_pad(self.v.shape[-1]), num_warps=4,
+    def named(self) -> dict[str, object]:
+        """What kernels that read lists take beside `plain`."""
+        return {n: self.listed[n] for n in ("tiles", "count", "sb", "st", "sq", "cb", "ch", "cq", "H", "HL")}
+
+    def merge(
+        self, x: TokenLists, number: int, part: Tensor, part_lse: Tensor | None, out: Tensor, lse: Tensor | None
+    ) -> None:
+        """Output of a chunk: the sum of its partial results, without part_lse as they are. It uses part_lse up."""
+        first, rows = x.chunks[number]
+        held, d = max(self.knobs.merge, self.group), out.shape[-1]
+        kernels.merge_kernel[(-(-rows * self.group // held), self.heads.leads)](
+            part, part_lse, x.present, out, lse, self.heads.g * self.heads.lists, self.heads.share, self.heads.h,
+            first - x.chunks[0][0], x.present.shape[1], first, rows, self.size, self.q.shape[2], self.slots, ROWS=held,
+            HEADS=self.group, LSE=lse is not None, SUM=part_lse is None, SLOTS_PAD=triton.next_power_of_2(self.slots),
+            SLOT_WORDS=slot_words(self.slots - 1), DV=d, DV_PAD=_pad(d), num_warps=4,
         )  # fmt: skip
 
     def attend(self, want_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -206,11 +222,12 @@ class Work:
         out = torch.empty(b, h, n, self.v.shape[-1], dtype=self.q.dtype, device=self.q.device)
         lse = torch.empty(b, h, n, dtype=torch.float32, device=self.q.device) if want_lse else None
         part, part_lse = self.scratch()
-        for chunk in self.chunks():
-            x = self.lists(*chunk)
-            self.partial(x, part, part_lse)
-            self.walk(x, part, part_lse)
-            self.merge(x, part, part_lse, out, lse)
+        for batch in self.batches():
+            x = self.lists(batch)
+            for number in range(len(batch)):
+                self.partial(x, number, part, part_lse)
+                self.walk(x, number, part, part_lse)
+                self.merge(x, number, part, part_lse, out, lse)
         return out, lse
 
 

@@ -2,7 +2,7 @@
 
 dq goes the way of the forward pass: partial results by key block, and by tile of neighbouring tokens for the blocks they
 share, then their sum. dk and dv are sums over the tokens that name a key block, along the inverse lists of
-`inverse.py`, which cut key blocks that very many tokens name. Each result has one owner: the same bits on every run.
+`tokens_inverse.py`, which cut key blocks that very many tokens name. Each result has one owner: the same bits on every run.
 Probabilities are computed again from the lse (Dao 2023, arXiv 2307.08691, section 3.1).
 """
 
@@ -17,9 +17,8 @@ from torch import Tensor
 from ...kv import KV
 from ...layout import Layout
 from ..base import Want
-from . import inverse, supports, tokens
+from . import inverse, supports, tokens, tokens_inverse
 from . import tokens_grads as grads
-from . import tokens_kernels as kernels
 from .backward_kernels import join_kernel
 from .config import device
 from .inverse import InverseLists
@@ -103,12 +102,8 @@ class Work:
         keep = ("G", "SHARE", "N", "M", "WIDTH", "HEADS", "D", "D_PAD", "DV", "DV_PAD", "CAUSAL", "FP32")
         heads = self.front.heads
         self.plain: dict[str, object] = {n: self.front.plain[n] for n in keep} | dict(scale=scale, H=heads.h)
-        s, c = self.front.tiles.stride(), self.front.count.stride()
-        many = self.front.tiles.shape[0] > 1
-        self.listed: dict[str, object] = dict(
-            tiles=self.front.tiles, count=self.front.count, HL=self.front.tiles.shape[1], sb=s[0] * many, st=s[1], sq=s[2],
-            cb=c[0] * many, ch=c[1], cq=c[2], T_PAD=max(16, triton.next_power_of_2(self.front.slots - 1)),
-        )  # fmt: skip
+        self.listed = self.front.named() | dict(T_PAD=max(16, triton.next_power_of_2(self.front.slots - 1)))
+        del self.listed["H"]  # one of `plain`
 
     def config(self) -> Config:
         """The steps for this device and dtype."""
@@ -141,44 +136,37 @@ class Work:
         dq = torch.empty_like(self.q)
         rows = front.heads.leads * front.size * front.slots * front.heads.share
         part = torch.empty(rows * d, dtype=self.q.dtype, device=self.q.device)
-        flag = torch.empty(rows, dtype=torch.float32, device=self.q.device)
-        for chunk in front.chunks():
-            x = front.lists(*chunk)
-            self.partial(x, part, flag)
-            self.join(x, part, flag, dq)
+        for batch in front.batches():
+            x = front.lists(batch)
+            for number in range(len(batch)):
+                self.partial(x, number, part)
+                front.merge(x, number, part, None, dq, None)
         return dq
 
-    def partial(self, x: TokenLists, part: Tensor, flag: Tensor) -> None:
-        """Partial results of a chunk, by key block and by tile of tokens."""
+    def partial(self, x: TokenLists, number: int, part: Tensor) -> None:
+        """Partial results of a chunk of a batch, by key block and by tile of tokens."""
         front, c = self.front, self.front.knobs
-        flag.fill_(float("-inf"))
-        same = (self.q, self.k, self.v, self.dout, self.lse2, self.delta, part, flag)
-        more = dict(LISTS=front.heads.g * front.heads.lists, first=x.first, size=front.size, SLOTS=front.slots, **self.plain)
+        tiles, place = front.place(x, number)
+        same = (self.q, self.k, self.v, self.dout, self.lse2, self.delta, part)
+        more = dict(LISTS=front.heads.g * front.heads.lists, size=front.size, SLOTS=front.slots, **self.plain)
         grads.dq_partial_kernel[(x.max_items,)](
-            *same, x.ids, x.counts, x.items, x.plan, NK=x.blocks, ROWS=max(c.rows, front.group),
-            PIECE=max(1, c.piece // front.group), STAGES=self.steps.dq_stages, num_warps=c.warps,
+            *same, x.ids, x.items, x.plan, number=number, max_items=x.max_items, first=place["first"], NK=x.blocks,
+            ROWS=max(c.rows, front.group), LONGEST=front.longest, STAGES=self.steps.dq_stages, num_warps=c.warps,
             num_stages=self.steps.dq_stages, **more,
         )  # fmt: skip
-        grads.dq_walk_kernel[(x.shared.shape[1], front.heads.leads)](
-            *same, shared=x.shared, shared_count=x.shared_count, rows=x.rows, width=x.shared.shape[2],
-            ROWS=front.tile * front.group, STAGES=self.steps.walk_stages, num_warps=c.tile_warps,
-            num_stages=self.steps.walk_stages, **self.listed, **more,
-        )  # fmt: skip
-
-    def join(self, x: TokenLists, part: Tensor, flag: Tensor, dq: Tensor) -> None:
-        """dq of a chunk."""
-        front, d = self.front, self.q.shape[-1]
-        rows = max(front.knobs.merge, front.group)
-        kernels.merge_kernel[(-(-x.rows * front.group // rows), front.heads.leads)](
-            part, flag, dq, None, front.heads.g * front.heads.lists, front.heads.share, front.heads.h, x.first, x.rows,
-            front.size, self.q.shape[2], front.slots, ROWS=rows, HEADS=front.group, LSE=False, SUM=True,
-            SLOTS_PAD=triton.next_power_of_2(front.slots), DV=d, DV_PAD=tokens._pad(d), num_warps=4,
+        grads.dq_walk_kernel[(tiles, front.heads.leads)](
+            *same, shared=x.shared, shared_count=x.shared_count, width=x.shared.shape[2], ROWS=front.tile * front.group,
+            STAGES=self.steps.walk_stages, num_warps=c.tile_warps, num_stages=self.steps.walk_stages, **place, **self.listed,
+            **more,
         )  # fmt: skip
 
     def inverse(self) -> InverseLists:
         """The inverse lists of all tokens; they depend on the layout alone."""
         _, cores = device(self.q.device.index if self.q.device.type == "cuda" else None)
-        return inverse.build(self.layout, self.k.shape[1], min(KEYS, self.layout.tile_width), cores, self.q.device)
+        keys, layout = min(KEYS, self.layout.tile_width), self.front.layout
+        if keys < layout.tile_width:
+            return inverse.build(layout, self.k.shape[1], keys, cores, self.q.device)
+        return tokens_inverse.build(layout, self.front.heads, cores)
 
     def keys(self, lists: InverseLists) -> tuple[Tensor, Tensor]:
         """dk and dv."""

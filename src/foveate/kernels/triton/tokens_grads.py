@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 
 from .backward_kernels import BITS, MASK, _dot, _reach
+from .tokens_bits import BITS as WORD_BITS
+from .tokens_bits import MASK as WORD_MASK
+from .tokens_kernels import _ends
 from .walk import BIG, LOG2E
 
 
@@ -25,33 +28,72 @@ def delta_kernel(out, dout, lse, dlse, lse2, delta, total, ROWS: tl.constexpr, D
     tl.store(delta + row, tl.sum(x * y, 1) - tl.load(dlse + row, mask=row < total, other=0.0), mask=row < total)
 
 
-@triton.jit(do_not_specialize=["first", "NK"])
+@triton.jit
+def _dq_steps(
+    q, kt, vt, dout, lse2, delta, part, ids, n, key, live, pos, scale, SHARE, SLOTS, N,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    CUT: tl.constexpr, CAUSAL: tl.constexpr, FP32: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Partial dq of n entries over one key block, all of whose keys every one sees unless CUT."""
+    d = tl.arange(0, D_PAD)
+    e = tl.arange(0, DV_PAD)
+    r = tl.arange(0, ROWS)
+    head = r % HEADS
+    for c in tl.range(0, n, ROWS // HEADS, num_stages=STAGES):
+        entry = c + r // HEADS
+        ok = (entry < n) & (head < SHARE)
+        word = tl.load(ids + entry, mask=ok, other=0)
+        token = word >> WORD_BITS
+        at = head * N + token
+        qt = tl.load(q + (at * D)[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+        do = tl.load(dout + (at * DV)[:, None] + e[None, :], mask=ok[:, None] & (e < DV)[None, :], other=0.0)
+        s2 = tl.load(lse2 + at, mask=ok, other=float("inf"))
+        t = tl.load(delta + at, mask=ok, other=0.0)
+        p = tl.exp2(_dot(qt, kt.T, None, FP32) * (scale * LOG2E) - s2[:, None])
+        if CUT:
+            seen = live[None, :]
+            if CAUSAL:
+                seen = seen & (key[None, :] <= (pos + token)[:, None])
+            p = tl.where(seen, p, 0.0)
+        ds = p * (_dot(do, vt.T, None, FP32) - t[:, None])
+        o = _dot(ds, kt, None, FP32) * scale
+        at = (token * SLOTS + (word & WORD_MASK)) * SHARE + head
+        tl.store(part + (at * D)[:, None] + d[None, :], o.to(part.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["number", "max_items", "first", "NK"])
 def dq_partial_kernel(
-    q, k, v, dout, lse2, delta, part, flag, ids, counts, items, plan,
-    scale, LISTS, SHARE, G, H, first, size, NK, N, M, SLOTS,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, PIECE: tl.constexpr,
+    q, k, v, dout, lse2, delta, part, ids, items, plan,
+    scale, LISTS, SHARE, G, H, number, max_items, first, size, NK, N, M, SLOTS,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, LONGEST: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     CAUSAL: tl.constexpr, FP32: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq of the tokens that name one key block, as partial results (see `partial_kernel`); flag 0 marks them."""
-    STEP: tl.constexpr = ROWS // HEADS
+    """dq of the tokens that name one key block, as partial results (see `partial_kernel`)."""
     pid = tl.program_id(0)
-    if pid >= tl.load(plan):
+    items += (number * max_items + pid) * 3
+    row = tl.load(items)  # together with `plan`, not behind it
+    begin = tl.load(items + 1)
+    end = tl.load(items + 2)
+    if pid >= tl.load(plan + number):
         return
-    row = tl.load(items + pid * 2)
-    begin = tl.load(items + pid * 2 + 1) * PIECE
-    end = tl.minimum(tl.load(counts + row), begin + PIECE)
-    ids += row.to(tl.int64) * size
     lead = row // NK
     b = (lead // LISTS).to(tl.int64)
     head0 = (lead % LISTS) * SHARE
     g = (lead % LISTS) * G // LISTS
-    key = (row % NK) * WIDTH + tl.arange(0, WIDTH)
+    key0 = (row % NK) * WIDTH
+    key = key0 + tl.arange(0, WIDTH)
     d = tl.arange(0, D_PAD)
     e = tl.arange(0, DV_PAD)
+    ids += begin
+    n = end - begin
+    pos = M - N + first
+    low, high = _ends(ids, n, LONGEST)
     live = key < M
-    if CAUSAL:  # keys that no row sees may hold anything, NaN included
-        live = live & (key <= M - N + first + tl.load(ids + end - 1) // SLOTS)
+    whole = key0 + WIDTH <= M
+    if CAUSAL:  # as in `partial_kernel`
+        live = live & (key <= pos + high)
+        whole = whole & (key0 + WIDTH - 1 <= pos + low)
     far = ((b * G + g) * M + key)[:, None]
     kt = tl.load(k + far * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
     vt = tl.load(v + far * DV + e[None, :], mask=live[:, None] & (e < DV)[None, :], other=0.0)
@@ -61,35 +103,18 @@ def dq_partial_kernel(
     lse2 += base
     delta += base
     part += lead.to(tl.int64) * size * SLOTS * SHARE * D
-    flag += lead.to(tl.int64) * size * SLOTS * SHARE
-    r = tl.arange(0, ROWS)
-    head = r % HEADS
-    for c in tl.range(begin, end, STEP, num_stages=STAGES):
-        entry = c + r // HEADS
-        ok = (entry < end) & (head < SHARE)
-        word = tl.load(ids + entry, mask=ok, other=0)
-        token = word // SLOTS
-        at = head * N + token
-        qt = tl.load(q + (at * D)[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
-        do = tl.load(dout + (at * DV)[:, None] + e[None, :], mask=ok[:, None] & (e < DV)[None, :], other=0.0)
-        s2 = tl.load(lse2 + at, mask=ok, other=float("inf"))
-        t = tl.load(delta + at, mask=ok, other=0.0)
-        s = _dot(qt, kt.T, None, FP32)
-        seen = live[None, :]
-        if CAUSAL:
-            seen = seen & (key[None, :] <= (M - N + first + token)[:, None])
-        p = tl.where(seen, tl.exp2(s * (scale * LOG2E) - s2[:, None]), 0.0)
-        ds = p * (_dot(do, vt.T, None, FP32) - t[:, None])
-        o = _dot(ds, kt, None, FP32) * scale
-        at = word * SHARE + head
-        tl.store(flag + at, tl.zeros([ROWS], tl.float32), mask=ok)
-        tl.store(part + (at * D)[:, None] + d[None, :], o.to(part.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+    if whole:
+        _dq_steps(q, kt, vt, dout, lse2, delta, part, ids, n, key, live, pos, scale, SHARE, SLOTS, N, ROWS, HEADS, D, D_PAD,
+                  DV, DV_PAD, False, False, FP32, STAGES)  # fmt: skip
+    else:
+        _dq_steps(q, kt, vt, dout, lse2, delta, part, ids, n, key, live, pos, scale, SHARE, SLOTS, N, ROWS, HEADS, D, D_PAD,
+                  DV, DV_PAD, True, CAUSAL, FP32, STAGES)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first", "rows", "width"])
+@triton.jit(do_not_specialize=["tile0", "tiles_all", "first", "rows", "width"])
 def dq_walk_kernel(
-    q, k, v, dout, lse2, delta, part, flag, tiles, count, shared, shared_count,
-    scale, LISTS, SHARE, G, H, HL, first, rows, size, N, M, SLOTS, width, sb, st, sq, cb, ch, cq,
+    q, k, v, dout, lse2, delta, part, tiles, count, shared, shared_count,
+    scale, LISTS, SHARE, G, H, HL, tile0, tiles_all, first, rows, size, N, M, SLOTS, width, sb, st, sq, cb, ch, cq,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, T_PAD: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     CAUSAL: tl.constexpr, FP32: tl.constexpr, STAGES: tl.constexpr,
@@ -97,7 +122,7 @@ def dq_walk_kernel(
     """dq of one tile of tokens over the blocks they share, into their last slot (see `walk_kernel`)."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     lead = tl.program_id(1)
-    at = lead.to(tl.int64) * tl.num_programs(0) + tile
+    at = lead.to(tl.int64) * tiles_all + tile0 + tile
     front = tl.load(shared_count + at * 2)
     back = tl.load(shared_count + at * 2 + 1)
     if front + back == 0:
@@ -155,7 +180,6 @@ def dq_walk_kernel(
     at = ((lead.to(tl.int64) * size + inner) * SLOTS + SLOTS - 1) * SHARE + head
     acc = acc * scale
     tl.store(part + at[:, None] * D + d[None, :], acc.to(part.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
-    tl.store(flag + at, tl.zeros([ROWS], tl.float32), mask=live)
 
 
 @triton.jit

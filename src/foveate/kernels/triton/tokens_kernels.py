@@ -2,7 +2,8 @@
 
 Partial results of one token lie together, `[leads, tokens, slots + 1, heads]`, their lse in units of log 2: whoever computes
 one writes the rows of all query heads of the list at once, whoever adds them reads one run of memory. The last slot is that
-of the blocks which neighbouring tokens share.
+of the blocks which neighbouring tokens share. Which slots of a token are written, its lists say (`TokenLists.present`); the
+others hold anything.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tokens_bits import BITS, MASK
 from .walk import BIG, FLOOR, LN2, _product
 
 
@@ -20,28 +22,68 @@ def _times(p, v, FP32: tl.constexpr):
     return tl.dot(p.to(v.dtype), v)
 
 
-@triton.jit(do_not_specialize=["first", "NK"])
+@triton.jit
+def _ends(ids, n, LONGEST: tl.constexpr):
+    """The first and the last token of n ascending ids. It asks for all of them: the steps then find them in L1."""
+    i = tl.arange(0, LONGEST)
+    word = tl.load(ids + i, mask=i < n, other=0)
+    return tl.min(tl.where(i < n, word, BIG), 0) >> BITS, tl.max(word, 0) >> BITS
+
+
+@triton.jit
+def _steps(
+    q, kt, vt, part, part_lse, ids, n, key, live, pos, scale, SHARE, SLOTS, q_sh, q_sn,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    CUT: tl.constexpr, CAUSAL: tl.constexpr, FP32: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Partial results of n entries over one key block, all of whose keys every one sees unless CUT."""
+    d = tl.arange(0, D_PAD)
+    e = tl.arange(0, DV_PAD)
+    r = tl.arange(0, ROWS)
+    head = r % HEADS
+    for c in tl.range(0, n, ROWS // HEADS, num_stages=STAGES):
+        entry = c + r // HEADS
+        ok = (entry < n) & (head < SHARE)
+        word = tl.load(ids + entry, mask=ok, other=0)
+        token = word >> BITS
+        at = head * q_sh + token * q_sn  # 32 bits hold what a chunk spans
+        qt = tl.load(q + at[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+        s = _product(qt, kt, FP32)
+        if CUT:
+            seen = live[None, :]
+            if CAUSAL:
+                seen = seen & (key[None, :] <= (pos + token)[:, None])
+            s = tl.where(seen, s, float("-inf"))
+        top = tl.maximum(tl.max(s, 1) * scale, FLOOR)
+        p = tl.exp2(s * scale - top[:, None])
+        total = tl.sum(p, 1)
+        o = _times(p, vt, FP32) * (1.0 / total)[:, None]
+        at = (token * SLOTS + (word & MASK)) * SHARE + head
+        tl.store(part_lse + at, top + tl.log2(total), mask=ok)
+        tl.store(part + at[:, None] * DV + e[None, :], o.to(part.dtype.element_ty), mask=ok[:, None] & (e < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=["number", "max_items", "first", "NK"])
 def partial_kernel(
-    q, k, v, part, part_lse, ids, counts, items, plan,
-    scale, LISTS, SHARE, G, first, size, NK, N, M, SLOTS,
+    q, k, v, part, part_lse, ids, items, plan,
+    scale, LISTS, SHARE, G, number, max_items, first, size, NK, N, M, SLOTS,
     q_sb, q_sh, q_sn, k_sb, k_sg, k_sm, v_sb, v_sg, v_sm,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, PIECE: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, LONGEST: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     CAUSAL: tl.constexpr, FP32: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One item: the tokens that name one key block, whose keys stay in place. grid: (max_items,).
+    """One item of chunk `number`: the tokens that name one key block, whose keys stay in place. grid: (max_items,).
 
     part `[leads, size, SLOTS, SHARE, DV]` gets normalised outputs, part_lse `[leads, size, SLOTS, SHARE]` their lse. A
     step is ROWS / HEADS tokens times HEADS (SHARE rounded up) query heads. LISTS: lists of a batch row.
     """
-    STEP: tl.constexpr = ROWS // HEADS
     pid = tl.program_id(0)
-    if pid >= tl.load(plan):
+    items += (number * max_items + pid) * 3
+    row = tl.load(items)  # together with `plan`, not behind it
+    begin = tl.load(items + 1)
+    end = tl.load(items + 2)
+    if pid >= tl.load(plan + number):
         return
-    row = tl.load(items + pid * 2)
-    begin = tl.load(items + pid * 2 + 1) * PIECE
-    end = tl.minimum(tl.load(counts + row), begin + PIECE)
-    ids += row.to(tl.int64) * size
     lead = row // NK
     key0 = (row % NK) * WIDTH
     b = (lead // LISTS).to(tl.int64)
@@ -50,9 +92,15 @@ def partial_kernel(
     key = key0 + tl.arange(0, WIDTH)
     d = tl.arange(0, D_PAD)
     e = tl.arange(0, DV_PAD)
+    ids += begin
+    n = end - begin
+    pos = M - N + first
+    low, high = _ends(ids, n, LONGEST)
     live = key < M
-    if CAUSAL:  # ids ascend: the last entry sees most. Keys that no row sees may hold anything, NaN included.
-        live = live & (key <= M - N + first + tl.load(ids + end - 1) // SLOTS)
+    whole = key0 + WIDTH <= M
+    if CAUSAL:  # the last entry sees most, the first one least; what no row sees may hold anything, NaN included
+        live = live & (key <= pos + high)
+        whole = whole & (key0 + WIDTH - 1 <= pos + low)
     kt = tl.load(
         k + b * k_sb + g * k_sg + key.to(tl.int64)[:, None] * k_sm + d[None, :],
         mask=live[:, None] & (d < D)[None, :],
@@ -63,30 +111,15 @@ def partial_kernel(
         mask=live[:, None] & (e < DV)[None, :],
         other=0.0,
     )
-    r = tl.arange(0, ROWS)
-    head = r % HEADS
     q += b * q_sb + head0.to(tl.int64) * q_sh + first.to(tl.int64) * q_sn
     part += lead.to(tl.int64) * size * SLOTS * SHARE * DV
     part_lse += lead.to(tl.int64) * size * SLOTS * SHARE
-    for c in tl.range(begin, end, STEP, num_stages=STAGES):
-        entry = c + r // HEADS
-        ok = (entry < end) & (head < SHARE)
-        word = tl.load(ids + entry, mask=ok, other=0)
-        token = word // SLOTS
-        at = head * q_sh + token * q_sn  # 32 bits hold what a chunk spans
-        qt = tl.load(q + at[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
-        s = _product(qt, kt, FP32)
-        seen = live[None, :]
-        if CAUSAL:
-            seen = seen & (key[None, :] <= (M - N + first + token)[:, None])
-        s = tl.where(seen, s, float("-inf"))
-        top = tl.maximum(tl.max(s, 1) * scale, FLOOR)
-        p = tl.exp2(s * scale - top[:, None])
-        total = tl.sum(p, 1)
-        o = _times(p, vt, FP32) * (1.0 / total)[:, None]
-        at = word * SHARE + head
-        tl.store(part_lse + at, top + tl.log2(total), mask=ok)
-        tl.store(part + at[:, None] * DV + e[None, :], o.to(part.dtype.element_ty), mask=ok[:, None] & (e < DV)[None, :])
+    if whole:
+        _steps(q, kt, vt, part, part_lse, ids, n, key, live, pos, scale, SHARE, SLOTS, q_sh, q_sn, ROWS, HEADS, D, D_PAD, DV,
+               DV_PAD, False, False, FP32, STAGES)  # fmt: skip
+    else:
+        _steps(q, kt, vt, part, part_lse, ids, n, key, live, pos, scale, SHARE, SLOTS, q_sh, q_sn, ROWS, HEADS, D, D_PAD, DV,
+               DV_PAD, True, CAUSAL, FP32, STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -97,23 +130,23 @@ def _fold(s, v, m, l, acc, scale, FP32: tl.constexpr):
     return top, l * shrink + tl.sum(p, 1), acc * shrink[:, None] + _times(p, v, FP32)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "width"])
+@triton.jit(do_not_specialize=["tile0", "tiles_all", "first", "rows", "width"])
 def walk_kernel(
     q, k, v, part, part_lse, tiles, count, shared, shared_count,
-    scale, LISTS, SHARE, G, H, HL, first, rows, size, N, M, SLOTS, width,
+    scale, LISTS, SHARE, G, H, HL, tile0, tiles_all, first, rows, size, N, M, SLOTS, width,
     q_sb, q_sh, q_sn, k_sb, k_sg, k_sm, v_sb, v_sg, v_sm, sb, st, sq, cb, ch, cq,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, T_PAD: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     CAUSAL: tl.constexpr, FP32: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS / HEADS tokens over the blocks they share, into their last slot. grid: (tiles, leads).
+    """One tile of ROWS / HEADS tokens over the blocks they share, into their last slot. grid: (tiles of a chunk, leads).
 
-    A tile that shares nothing writes nothing.
+    tile0: the first tile of this chunk among the `tiles_all` of its lists. A tile that shares nothing writes nothing.
     """
     STEP: tl.constexpr = ROWS // HEADS
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     lead = tl.program_id(1)
-    at = lead.to(tl.int64) * tl.num_programs(0) + tile
+    at = lead.to(tl.int64) * tiles_all + tile0 + tile
     front = tl.load(shared_count + at * 2)
     back = tl.load(shared_count + at * 2 + 1)
     if front + back == 0:
@@ -178,16 +211,17 @@ def walk_kernel(
     tl.store(part_lse + at, tl.where(some, m + tl.log2(l), float("-inf")), mask=live)
 
 
-@triton.jit(do_not_specialize=["first", "rows"])
+@triton.jit(do_not_specialize=["start", "tokens", "first", "rows"])
 def merge_kernel(
-    part, part_lse, out, lse, LISTS, SHARE, H, first, rows, size, N, SLOTS,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, SLOTS_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    LSE: tl.constexpr, SUM: tl.constexpr,
+    part, part_lse, present, out, lse, LISTS, SHARE, H, start, tokens, first, rows, size, N, SLOTS,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, SLOTS_PAD: tl.constexpr, SLOT_WORDS: tl.constexpr, DV: tl.constexpr,
+    DV_PAD: tl.constexpr, LSE: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Adds the partial results of ROWS / HEADS tokens. grid: (tokens / (ROWS / HEADS), leads).
 
-    With SUM as they are, their part_lse being 0; else as parts of one softmax.
-    part_lse holds -inf where there is no partial result, and `part` anything. out `[B, H, N, DV]`, lse `[B, H, N]`.
+    With SUM as they are, without part_lse; else as parts of one softmax, whose weights take the place of part_lse: loaded
+    again row by row they need no exchange between threads, and the loop no barrier. start: the first token of this chunk
+    among the `tokens` of its lists, whose `present` names the slots that are written. out `[B, H, N, DV]`, lse `[B, H, N]`.
     """
     lead = tl.program_id(1)
     r = tl.arange(0, ROWS)
@@ -195,20 +229,38 @@ def merge_kernel(
     inner = tl.program_id(0) * (ROWS // HEADS) + r // HEADS
     live = (inner < rows) & (head < SHARE)
     e = tl.arange(0, DV_PAD)
-    i = tl.arange(0, SLOTS_PAD)[None, :]
     spot = (lead.to(tl.int64) * size + inner) * SLOTS * SHARE + head
-    x = tl.load(part_lse + spot[:, None] + i * SHARE, mask=live[:, None] & (i < SLOTS), other=float("-inf"))
-    top = tl.maximum(tl.max(x, 1), FLOOR)
-    l = tl.sum(tl.exp2(x - top[:, None]), 1)
-    some = l > 0
+    present += (lead.to(tl.int64) * tokens + start + inner) * SLOT_WORDS
+    top = tl.full([ROWS], FLOOR, tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    if not SUM:
+        i = tl.arange(0, SLOTS_PAD)[None, :]
+        ok = live[:, None] & (i < SLOTS)
+        bits = tl.load(present[:, None] + i // 32, mask=ok, other=0)
+        x = tl.load(part_lse + spot[:, None] + i * SHARE, mask=((bits >> (i % 32)) & 1) > 0, other=float("-inf"))
+        top = tl.maximum(tl.max(x, 1), FLOOR)
+        x = tl.exp2(x - top[:, None])
+        l = tl.sum(x, 1)
+        tl.store(part_lse + spot[:, None] + i * SHARE, x, mask=ok)
+        tl.debug_barrier()
     acc = tl.zeros([ROWS, DV_PAD], tl.float32)
-    for t in range(0, SLOTS):
-        at = spot + t * SHARE
-        w = tl.load(part_lse + at, mask=live, other=float("-inf"))
-        there = w > float("-inf")
-        at = part + at[:, None] * DV + e[None, :]
-        y = tl.load(at, mask=there[:, None] & (e < DV)[None, :], other=0.0, eviction_policy="evict_first")
-        acc += y.to(tl.float32) * tl.exp2(w - top)[:, None]
+    slots = tl.where(live, SLOTS, 0)
+    for c in range(0, SLOTS, 2):
+        for t in tl.static_range(2):  # two slots, so that more loads are under way
+            at = spot + (c + t) * SHARE
+            if SUM:
+                bits = tl.load(present + (c + t) // 32, mask=slots > c + t, other=0)
+                there = ((bits >> ((c + t) % 32)) & 1) > 0
+            else:
+                w = tl.load(part_lse + at, mask=slots > c + t, other=0.0)
+                there = w > 0
+            to = part + at[:, None] * DV + e[None, :]
+            y = tl.load(to, mask=there[:, None] & (e < DV)[None, :], other=0.0, eviction_policy="evict_first")
+            if SUM:
+                acc += y.to(tl.float32)
+            else:
+                acc += y.to(tl.float32) * w[:, None]
+    some = l > 0
     l = tl.where(some, l, 1.0)
     at = ((lead // LISTS).to(tl.int64) * H + (lead % LISTS) * SHARE + head) * N + first + inner
     if not SUM:
