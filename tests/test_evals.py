@@ -214,7 +214,7 @@ def test_the_commands(tmp_path):
     assert (out / "index.html").exists()
     front = CliRunner().invoke(app, ["frontier", "--out", str(out), "--summary", str(tmp_path / "eval_tiny.json")])
     assert front.exit_code == 0, front.output
-    assert "900 tokens" in front.output and "NLL delta" not in front.output  # columns that hold nothing are left out
+    assert "900 tokens" in front.output and "NLL delta" not in front.output  # the files have all columns
     assert all((out / f"frontier.{kind}").exists() for kind in ("md", "csv", "json"))
     chosen = CliRunner().invoke(app, ["recommend", "--out", str(out), "--length", "900"])
     assert chosen.exit_code == 2  # a random model does not answer: no task counts
