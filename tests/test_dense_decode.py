@@ -183,7 +183,7 @@ else:
         torch.testing.assert_close(lse, long_lse, atol=1e-5, rtol=1e-5)
         at_rest()
 
-    def test_reasons():
+    def test_reasons(monkeypatch):
         q, kv, layout = problem(MIXED, r=4)
         wide, kv1, layout1 = problem(((20,),), r=17, d=16)
         far = torch.empty_strided(kv.k.shape, (0, 0, 1 << 25, 1), device="meta")  # nobody reads it
@@ -197,6 +197,8 @@ else:
         for said, call in refused.items():
             assert said in kernels.why_not(*call)
         assert "up to 32 queries" in kernels.why_not(*problem(((50,),), n=33))
+        assert "do not fit a program's memory" in kernels.why_not(*problem(((50,),), n=32))  # of 99 KB, in fp32
+        monkeypatch.setattr(kernels, "device", lambda index: (232448, 132))
         assert kernels.why_not(*problem(((50,),), n=32)) is None
         assert "128 queries of a kv head in several tokens, not 136" in kernels.why_not(*problem(((50,),), r=8, d=16, n=17))
         assert kernels.why_not(q, kv, layout) is None

@@ -16,7 +16,25 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
     from foveate.kernels import packed, packed_rules
     from foveate.kernels.dispatch import explain
+    from foveate.kv import KV
+    from foveate.layout import Layout
     from tests.compiling import hopper
+
+    @pytest.mark.parametrize("rule", [
+        {"sink": torch.tensor([2, 4]), "window": torch.tensor([8, 16, 8, 16])},
+        {"sink": 3, "window": 9, "stride": torch.tensor([2, 3]), "phase": torch.tensor([0, 1, 2, 1])},
+    ])  # fmt: skip
+    def test_fields_of_different_counts_of_lists(rule):
+        kv = KV.dense(torch.zeros(1, 4, 60, 8), torch.zeros(1, 4, 60, 8))
+        layout = Layout.static((1, 8, 1, 60), **rule)
+        (part,) = packed_rules.listed(layout, kv)
+        got = torch.zeros(8, 60, dtype=torch.int32)
+        for head in range(8):
+            row = head * part.tiles.shape[1] // 8
+            first = part.tiles[0, row, 0, : int(part.tile_count[0, row, 0])].tolist()
+            for at, after in zip(first, [*first[1:], 60], strict=True):
+                got[head, max(at, 0) : min(at + part.tile_width, after)] += 1
+        assert torch.equal(got, layout.to_mask(kv)[0, :, 0].int())
 
     def test_in_the_interpreter():
         pytest.importorskip("triton")

@@ -186,6 +186,28 @@ def test_memory_follows_the_cache():
     assert kept.log == [[2, 0], "keep", ("truncate", 4)]
 
 
+def test_who_did_not_ask_for_the_lse_gets_none():
+    """With sinks there is one, of the plan's pairs: a method that trusts any would take it for that of all keys."""
+    seen = []
+
+    class Nosy(Method):
+        id, roles, observes = "nosy", ("prefill",), ("prefill",)
+
+        def plan(self, x, state):
+            return Layout.static(x.shape, window=4, device=x.device)
+
+        def observe(self, x, out, lse, mass, state):
+            seen.append((lse, mass))
+
+    class Asking(Nosy):
+        id, sees = "asking", ("lse",)
+
+    q, k, v = qkv(1, 4, 2, 20)
+    for method in (Nosy(), Asking()):
+        Drive(Recipe(prefill=method), sinks=torch.zeros(4))(q, k, v)
+    assert seen[0] == (None, None) and seen[1][0].shape == (1, 4, 20) and seen[1][1] is None
+
+
 def test_gated_parts_refuse_attention_sinks():
     @dataclass(frozen=True)
     class Gated(Method):

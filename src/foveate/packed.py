@@ -244,7 +244,8 @@ def _pick(t: Tensor, index: Tensor) -> Tensor:
     index = index.view(b, -1, n)
     if t.device.type != "cpu":
         return t.gather(2, index.view(b, -1, n, *[1] * (t.dim() - 3)).expand(b, g, n, *t.shape[3:]))
-    row, head = torch.arange(b).view(b, 1, 1), torch.arange(g).view(1, g, 1)  # here whole rows are copied at a time
+    row, head = (torch.arange(x, device=t.device) for x in (b, g))  # here whole rows are copied at a time
+    row, head = row.view(b, 1, 1), head.view(1, g, 1)
     if not t.is_contiguous():
         return t[row, head, index]
     return t.flatten(0, 2).index_select(0, (index + (row * g + head) * m).flatten()).view(b, g, n, *t.shape[3:])

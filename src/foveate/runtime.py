@@ -225,8 +225,8 @@ def _run(
         out, *extra = got if isinstance(got, tuple) else (got,)
         lse = extra.pop(0) if want_lse else None
         mass = extra.pop(0) if want_mass else None
-    for m in observers:
-        m.observe(x, out, lse, mass, state)
+    for m in observers:  # who did not ask would take what another method's arithmetic gives for that of all keys
+        m.observe(x, out, lse if "lse" in m.sees else None, mass if "mass" in m.sees else None, state)
     if info.sinks is not None:
         assert lse is not None
         out, _ = sink_logit(out, lse, info.sinks)

@@ -266,7 +266,9 @@ _THREAD = threading.local()
 @contextlib.contextmanager
 def few(handle: Handle, cache: ContextCache | None) -> Iterator[None]:
     """Attention of the calls in this block is `attention`, over this cache, or without one."""
-    name, decoder = handle.decoder.config._attn_implementation, handle.decoder
+    from .transformers import NAME as PLAIN
+
+    decoder = handle.decoder
     stores: list[Any] = [] if cache is None else [layer.cache.store for layer in cache.layers]
     decoder.set_attn_implementation(NAME)
     _THREAD.call = handle, cache
@@ -278,7 +280,7 @@ def few(handle: Handle, cache: ContextCache | None) -> Iterator[None]:
         for store in stores:
             store.wide = False
         _THREAD.call = None
-        decoder.set_attn_implementation(name)
+        decoder.set_attn_implementation(PLAIN)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -294,6 +296,11 @@ def _attend(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    if getattr(_THREAD, "call", None) is None:  # the forward of another thread, while this model's function is ours
+        from .transformers import _attend as plain
+
+        given = dict(scaling=scaling, softcap=softcap, sliding_window=sliding_window, s_aux=s_aux)
+        return plain(module, query, key, value, attention_mask, **given, **kwargs)
     handle, cache = _THREAD.call
     info, n = handle.info(module, scaling, softcap, sliding_window, s_aux), query.shape[2]
     step = Step(counts=[n] * query.shape[0], notes=handle.note_store)

@@ -67,7 +67,7 @@ class Layers:
         notes = dict(self.handle.note_store)
         try:
             with self:
-                forward(input_ids=ids, position_ids=at, use_cache=False, logits_to_keep=1)
+                forward(input_ids=ids, position_ids=at, use_cache=False, logits_to_keep=ids.shape[1])
         except Exception as err:
             said = [line.strip() for line in str(err).splitlines() if line.strip()]
             return f"torch.compile failed: {type(err).__name__}: {' '.join(said[:2])}"

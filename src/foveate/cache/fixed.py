@@ -111,7 +111,8 @@ class FixedDense(DenseStore, Fixed):
         n = k.shape[2]
         if valid is not None or max(self.count) + n > self.k.shape[2] or not (n == 1 or self._writes()):
             return self.loose().append(k, v, valid, seen)
-        if (kernels := self._kernels(n)) is not None:
+        tracked = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)  # kernels are not seen by autograd
+        if not tracked and (kernels := self._kernels(n)) is not None:
             pages = None if self.beside is None or n > 1 else self.beside.joins(self.k)
             said = kernels.append(k, v, self.k, self.v, self.now, self.seen_now, pages)
             self.replayed(n)

@@ -50,8 +50,10 @@ def listed(layout: Layout, kv: KV) -> list[Layout]:
     b, h, _, m = layout.shape
     end = _end(layout, kv)
     nothing = torch.zeros(1, 1, dtype=torch.int32, device=end.device)
-    sink = torch.minimum(nothing if layout.sink is None else layout.sink, end)
-    begin = torch.maximum(end - (nothing if layout.window is None else layout.window), sink)
+    sink, window = (nothing if t is None else t for t in (layout.sink, layout.window))
+    sink, window, end = same_lead(sink, window, end)
+    sink = torch.minimum(sink, end)
+    begin = torch.maximum(end - window, sink)
     if layout.entries is not None:
         assert layout.entry_count is not None
         index, used = layout.entries[:, :, 0], used_slots(layout.entries[:, :, 0], layout.entry_count[:, :, 0])
@@ -62,10 +64,10 @@ def listed(layout: Layout, kv: KV) -> list[Layout]:
         width, some = layout.tile_width, _between(index, used, sink, begin, layout.tile_width)
     elif layout.stride is not None:
         width = layout.tile_width
-        step = layout.stride.clamp(min=1)[..., None]
-        phase = torch.zeros_like(step) if layout.phase is None else layout.phase[..., None] % step
-        number = phase + step * torch.arange(-(-m // width), dtype=torch.int32, device=end.device)
-        index, used = number * width, layout.stride[..., None] > 0
+        stride, phase = same_lead(layout.stride, nothing if layout.phase is None else layout.phase)
+        step = stride.clamp(min=1)[..., None]
+        number = phase[..., None] % step + step * torch.arange(-(-m // width), dtype=torch.int32, device=end.device)
+        index, used = number * width, stride[..., None] > 0
         some = _between(index, used, sink, begin, width)
     else:
         width, some = WIDTH, None

@@ -52,9 +52,9 @@ def generate(
     The model needs a recipe, applied before, whose decode method drafts: `foveate.apply(model, "pillar_attn")`. A cycle
     drafts `draft` tokens one by one, forgets their keys and values, runs them again in one dense call, and keeps those
     that stand. Under a recipe applied with `graphs=True` drafted steps are replayed as CUDA graphs from one cycle to the
-    next, and so is the verification from the third cycle on. Greedy tokens are those of dense attention (up to ties in
-    floating point); sampled ones have its distribution. Rows of a batch advance together, by what the worst of them
-    accepted.
+    next, and so is the verification from the third cycle on (with drafts of one token nothing is). Greedy tokens are those
+    of dense attention (up to ties in floating point); sampled ones have its distribution. Rows of a batch advance together,
+    by what the worst of them accepted.
 
     Works as `model.generate(ids, custom_generate=foveate.speculate.generate, ...)` and, with the same options, as
     `foveate.speculate.generate(model, ids, ...)`.

@@ -69,7 +69,8 @@ def supports(q: Tensor, kv: KV, layout: Layout, want: Want) -> str | None:
 
 @cache
 def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    here = device.type == "cuda" and torch.version.hip is None  # AMD's gfx9 call themselves 9, too
+    return here and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _unserved_layout(layout: Layout) -> str | None:

@@ -28,7 +28,7 @@ def why_not(q: Tensor, width: int, block_q: int, block_k: int, share: str) -> st
         return f"its keys share their steps by fragments, not by {share}"
     if not LEAST <= q.shape[1] <= LONGEST:
         return f"it has {LEAST} to {LONGEST} rows, not {q.shape[1]}"
-    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
+    if q.device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(q.device)[0] != 9:
         return "it needs a Hopper GPU"
     return _missing()
 

@@ -26,7 +26,9 @@ PIECE = 4  # queries of a program that merges those of several tokens
 # 131,072, 142 against 148.5, at 8 x 32,768, 255 against 287, and where one of 8 rows is long and the others are short, 155
 # against 434. Nothing between 8,192 and 65,536 was timed.
 ROOM = 1 << 16
-ROOM_FEW = 1 << 14  # the same for several tokens, where the general kernel reads nothing ahead: a guess, nothing was timed
+# The same for several tokens: of 9 the general kernel takes 290 us at 131,072, where this one takes 143, 45 against 34.5 at
+# 16,384, 26 against 25 at 8,192; of 5 tokens, whose tile it fills better, 137 against 149, 31 against 36 and 22 against 26.
+ROOM_FEW = 1 << 14
 
 
 def why_not(q: Tensor, kv: KV, layout: Layout) -> str | None:
@@ -46,6 +48,11 @@ def why_not(q: Tensor, kv: KV, layout: Layout) -> str | None:
         return f"at most {GROUP} query heads of a kv head, not {q.shape[1] // g}"
     if n > 1 and n * q.shape[1] // g > PACK:
         return f"at most {PACK} queries of a kv head in several tokens, not {n * q.shape[1] // g}"
+    if n > 1:  # products of fp32 hold the queries twice; keys and values need the rest
+        wide, size = _pad(max(q.shape[-1], kv.shape[-1])), q.element_size()
+        shared = device(q.device.index if q.device.type == "cuda" else None)[0]
+        if wide * _pad(n * q.shape[1] // g) * size * (1 + (size == 4)) > 0.6 * shared:
+            return "the queries of a kv head do not fit a program's memory beside its keys"
     if b * g > ROWS:
         return f"at most {ROWS} kv heads of all rows, not {b * g}"
     if b * kv.capacity < (least := ROOM if n == 1 else ROOM_FEW):

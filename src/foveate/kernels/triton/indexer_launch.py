@@ -10,13 +10,21 @@ from torch import Tensor
 
 from ...kv import KV
 from . import indexer as kernels
+from . import paging_launch
+from .config import device
 from .labels_launch import _steps
-from .paging_launch import _storage, _tight, usable
+from .paging_launch import _storage, _tight
 
 __all__ = ["rank", "score_prompt", "serves", "usable"]
 PART, COLUMNS = 4096, 2048  # weights that a program of project holds at once, and those of one row
 ROWS, COLS, PROMPT_WARPS = 64, 128, 4  # of score_rows: queries and tokens of a program
 SHARE, STAGES = 4, 3  # of score_tokens: programs a multiprocessor, steps under way
+NEEDS = 96 << 10  # bytes of shared memory of score_rows: not on Turing
+
+
+def usable(t: Tensor) -> bool:
+    """Whether these kernels compute on tensors like t: its device, dtype and head dim."""
+    return paging_launch.usable(t) and (t.device.type != "cuda" or device(t.device.index)[0] >= NEEDS)
 
 
 def serves(heads: int, width: int) -> bool:

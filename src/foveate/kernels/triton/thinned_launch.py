@@ -15,7 +15,7 @@ from .config import config, device
 from .paging_launch import _pad, listed, usable
 
 SHARE = 4  # programs a multiprocessor
-HEADS = 64  # most query heads of a kv head
+HEADS, FEW = 64, 16  # most query heads of a kv head; of fp32, whose products hold them twice
 
 __all__ = ["attend", "serves", "update", "usable"]
 
@@ -24,7 +24,7 @@ def serves(q: Tensor, packed: Thinned) -> bool:
     """Whether `attend` computes on these entries: device, dtype, head dims."""
     tail, v = packed.tail, packed.v
     same = q.dtype == packed.few.dtype == tail.dtype == v.dtype
-    return same and usable(q) and usable(v) and q.shape[1] // v.shape[1] <= HEADS
+    return same and usable(q) and usable(v) and q.shape[1] // v.shape[1] <= (FEW if q.element_size() == 4 else HEADS)
 
 
 def attend(
