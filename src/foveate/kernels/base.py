@@ -28,9 +28,5 @@ class Want:
     softcap: bool = False
 
 
-_ALL = {flags: Want(*flags) for flags in product((False, True), repeat=4)}
-
-
-def wanted(lse: bool, mass: bool, grad: bool, softcap: bool) -> Want:
-    """A `Want`, one of the sixteen that there are. (A dict: torch.compile warns of functools' caches.)"""
-    return _ALL[lse, mass, grad, softcap]
+# All sixteen, for calls that are bound by the host; a dict, since torch.compile warns of functools' caches.
+WANTS = {flags: Want(*flags) for flags in product((False, True), repeat=4)}

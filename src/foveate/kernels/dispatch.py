@@ -20,7 +20,7 @@ from ..kv import KV
 from ..layout import Layout, Parts
 from ..packed import PackedKV
 from . import fa4, sdpa, torch_gather
-from .base import Want, wanted
+from .base import WANTS, Want
 from .join import joined
 
 BACKENDS = {
@@ -226,7 +226,7 @@ def _attend_parts(q, kv, plan, scale, want_lse, want_mass, softcap, name):  # ty
 def _attend(q, kv, layout, scale, want_lse, want_mass, softcap, name):  # type: ignore[no-untyped-def]
     cap = float(softcap or 0.0)
     grad = torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad)
-    want = wanted(want_lse, want_mass, grad, cap > 0)
+    want = WANTS[want_lse, want_mass, grad, cap > 0]
     if (not grad and not torch.compiler.is_compiling()) or name == "packed":  # which reads what no operator is handed
         return _forward(q, kv, layout, scale, cap, want, name)
     if (
