@@ -76,7 +76,7 @@ def median(row: Row) -> float:
 # ---------------------------------------------------------------------- the strongest figures
 def headline(found: Found) -> str:
     """One line a claim: dense, Foveate, the quotient, and what is kept or lost."""
-    rows = [row for part in (_prompt, _layer, _whole, _blocks, _cpu) for row in part(found)]
+    rows = [row for part in (_prompt, _layer, _whole, _drafts, _blocks, _cpu) for row in part(found)]
     head = ["| what is timed | dense | Foveate | gain | what is kept, where it ran |", "| --- | --- | --- | --- | --- |"]
     return "\n".join(head + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -147,6 +147,24 @@ def _whole(found: Found) -> Iterator[tuple[str, ...]]:
                 f"**{median(rows['dense']) / median(rows[QUEST]):.1f}x**",
                 f"{percent(rows[QUEST]['density'])} of the tokens read; random weights: speed alone; {card(device)}",
             )
+
+
+def _drafts(found: Found) -> Iterator[tuple[str, ...]]:
+    """A token of self-speculation where every draft stands, and how many must for it to be worth it."""
+    data = found.get("h200_speculate")
+    cycle = next((r for r in data["rows"] if r["impl"] == "cycle, compiled"), None) if data else None
+    if data is None or cycle is None:
+        return
+    p = cycle["params"]
+    best = float(p["token_ms_at"].split()[-1])
+    yield (
+        f"one token by drafts and their verification, exactly dense's, Llama-3-8B's shape, {_case(cycle['case'])}",
+        f"{time(p['dense_ms'])} ours",
+        f"{time(best)}, `pillar_attn` drafts, if all {p['draft']} stand",
+        f"**{p['dense_ms'] / best:.1f}x**",
+        f"even at {p['even_at'] - 1:.1f} of {p['draft']}; random weights, which do not say how many stand; "
+        f"{card(data['device'])}",
+    )
 
 
 def _blocks(found: Found) -> Iterator[tuple[str, ...]]:

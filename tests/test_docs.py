@@ -119,6 +119,13 @@ def test_front_page_takes_the_fullest_and_newest_steps(render):
     assert "| 10.0 ms ours | 9.00 ms, `quest:page=64,share=group` | **1.1x** |" in front.headline({"d": again})
 
 
+def test_front_page_says_how_many_drafts_must_stand(render):
+    facts = {"token_ms_at": "30.0 15.0 5.0", "dense_ms": 10.0, "draft": 2, "even_at": 2.5}
+    drafts = {"device": "NVIDIA X1", "rows": [timed("131072 tokens, batch 1", "cycle, compiled", 30.0, **facts)]}
+    text = render.front_page.headline({"h200_speculate": drafts})
+    assert "| 10.0 ms ours | 5.00 ms, `pillar_attn` drafts, if all 2 stand | **2.0x** | even at 1.5 of 2;" in text
+
+
 def test_front_page_says_where_another_is_faster(render):
     rows = [timed(c, i, 1.0, N=32768, D=128, width=128) | {"tflops": t}
             for c, i, t in (("a", "gluon", 5.0), ("a", "fa4", 4.0), ("b", "gluon", 3.0), ("b", "fa4", 4.0))]  # fmt: skip

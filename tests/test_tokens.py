@@ -77,10 +77,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             name = kernel.fn.__name__
             big = name in ("partial_kernel", "walk_kernel", "dq_partial_kernel", "dq_walk_kernel", "dkdv_rows_kernel")
-            # A few scalars a thread at most. Sums of dk and dv are 128 of a thread's 255 registers, and the addresses they
-            # go to (26 words) wait on the stack for the end; its steps only read a few scalars there.
+            # Sums of dk and dv are 128 of a thread's 255 registers, and the addresses they go to (26 words; 120 bytes under
+            # Triton 3.6) wait on the stack for the end; its steps only read a few scalars there. All others need none.
             last = name == "dkdv_rows_kernel"
-            assert int(re.search(r"STACK:(\d+)", usage)[1]) <= (128 if last else 64 if big else 0), usage
+            assert int(re.search(r"STACK:(\d+)", usage)[1]) <= (128 if last else 0), usage
             if last or name == "merge_kernel":
                 command[1] = "-sass"
                 code = subprocess.run(command, capture_output=True, text=True, check=True).stdout

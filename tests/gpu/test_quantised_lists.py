@@ -23,10 +23,8 @@ if torch.cuda.is_available():
         quantised_lists_launch,
     )
     from foveate.layout import Layout
-    from foveate.packed import PackedKV
     from foveate.scores.bounds import Bounds
     from tests.compiling import hopper
-    from tests.models import generate, tiny, tokens
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 RECIPES = (
@@ -114,23 +112,7 @@ def test_a_step_waits_for_nothing_and_unpacks_no_layer():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_replayed_steps_are_the_steps(recipe, store, rows, monkeypatch):
     """Over several folds, no step reads a dense copy."""
-    model = tiny(num_hidden_layers=3, hidden_size=256, head_dim=64, max_position_embeddings=4096).to("cuda", torch.float32)
-    ids = tokens(rows, 700).cuda()
-    mask = torch.ones_like(ids)
-    if rows > 1:
-        mask[1, :133] = 0
-    seen, make = [], PackedKV.__getattr__
-    monkeypatch.setattr(PackedKV, "__getattr__", lambda kv, name: seen.append(name) or make(kv, name))
-    run = lambda: generate(model, ids, mask, max_new_tokens=80, min_new_tokens=80)  # noqa: E731
-    with foveate.use(model, f"{recipe}+cache={store}"):
-        want = run()
-    with foveate.use(model, f"{recipe}+cache={store}", graphs=True) as handle:
-        got = run()
-        assert handle.graphs.replays >= 40, handle.notes
-    assert not {"k", "v"} & set(seen)
-    # See `test_quantised.py`: now and then a number on the border of two codes goes the other way, and a page with it.
-    far = (torch.stack(got.logits) - torch.stack(want.logits)).abs()
-    assert (far > 2e-3).float().mean() < 5e-2 and far.median() < 1e-3, (far.max(), far.median())
+    cases.check_replays(f"{recipe}+cache={store}", rows, monkeypatch)
 
 
 @torch.no_grad()
