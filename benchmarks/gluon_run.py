@@ -75,6 +75,8 @@ def gluon_kernel(p: Problem):
 
     if (why := gluon.supports(p.q, KV.dense(p.k, p.v), p.layout, Want())) is not None:
         raise RuntimeError(why)
+    if gluon._unpaired(p.layout, G) is not None:
+        raise RuntimeError("private lists have a kernel of their own: see private_run.py")
     work = prepare.prepare(p.layout, p.q.device)
 
     def call():

@@ -32,11 +32,12 @@ import torch
 from foveate.bench import results
 from foveate.bench.calibrated import Draws, calibrate, label, reason
 from foveate.bench.floors import floors
-from foveate.bench.prefill import Problem, attended, by_kind, clock, executed, facts, made, named, planned, title
+from foveate.bench.prefill import Problem, attended, by_kind, clock, executed, facts, made, named, planned, title, whole
 from foveate.bench.results import Row
 from foveate.bench.tables import prefill_table
 from foveate.methods.base import Method
 from foveate.methods.search import Target
+from foveate.pieces import ranges
 from foveate.recipe import Recipe
 
 __all__ = ["made", "run"]
@@ -92,8 +93,8 @@ def measure(text: str, method: Method, problem: Problem, rounds: int, samples: d
     kinds = by_kind(x, pairs, kept.mean(-1))
     density = float(pairs.sum()) / float(x.dense().visible(x.kv).sum())
     del out, lse, plan, state
-    memory = peak(lambda: attended(method, x, *planned(method, x)), dev)
-    own: dict[str, list[float]] = {"plan": [], "attend": [], **{name: [] for name in problem.dense}}
+    memory, several = peak(lambda: whole(method, x), dev), len(ranges(x, method)) > 1
+    own: dict[str, list[float]] = {"plan": [], "attend": [], "pieces": [], **{name: [] for name in problem.dense}}
     began = time.monotonic()
     for turn in range(rounds):
         if turn and time.monotonic() - began > SLOW:
@@ -104,16 +105,20 @@ def measure(text: str, method: Method, problem: Problem, rounds: int, samples: d
         own["plan"].append(ms)
         own["attend"].append(clock(partial(attended, method, x, *got), dev)[0])
         del got
+        if several:
+            own["pieces"].append(clock(lambda: whole(method, x), dev)[0])
     for name in problem.dense:
         samples.setdefault(name, []).extend(own[name])
-    middle = {name: statistics.median(ms) for name, ms in own.items()}
-    total = [a + b for a, b in zip(own["plan"], own["attend"], strict=True)]
+    middle = {name: statistics.median(ms) for name, ms in own.items() if ms}
+    total = own["pieces"] or [a + b for a, b in zip(own["plan"], own["attend"], strict=True)]
     params: dict[str, Any] = facts(x) | dict(
         plan_ms=round(middle["plan"], 3), attend_ms=round(middle["attend"], 3), mass=round(float(kept.mean()), 4),
         mass_least_head=round(float(kept.mean(-1).min()), 4), error=round(float(error), 4),
         density_computed=round(computed, 4), backend=backends, kinds=kinds,
         speedup=round(middle[next(iter(problem.dense))] / statistics.median(total), 3),
     )  # fmt: skip
+    if several:
+        params["pieces"] = len(ranges(x, method))  # the total is theirs; plan and attend are of all heads at once
     if memory is not None:
         params["peak_mib"] = round(memory)
     return Row(title(x), text, params, results.spread(total), None, density)

@@ -160,6 +160,32 @@ def test_a_second_prompt_part_renews_what_decode_uses():
     torch.testing.assert_close(*got, atol=2e-3, rtol=2e-3)  # one row less in the means: the same sinks
 
 
+@pytest.mark.parametrize("cache", ["kivi:bits=16", "kivi:bits=8,group=16,residual=32", "think:ratio=0.2,window=8"])
+@pytest.mark.parametrize("lens", [(90,), (90, 60)])
+def test_a_cache_that_stores_all_entries_otherwise_keeps_the_sinks(cache, lens):
+    """Such a policy selects all entries after each prompt: nothing gets another number, so sinks and means stay."""
+    parts = [planted(n=112, at=(90 - n, 107 - n), seed=b) for b, n in enumerate(lens)]
+    q, k, v = (torch.cat(t) for t in zip(*parts, strict=True))
+    valid = torch.arange(90) >= torch.tensor([[90 - n] for n in lens])
+    plain, stored = Drive("act"), Drive(f"act+cache={cache}")
+    for d in (plain, stored):
+        d(*(t[:, :, :90] for t in (q, k, v)), valid=valid)
+        d(*(t[:, :, 90:91] for t in (q, k, v)))
+    for one, other in zip(plain.cache.rows, stored.cache.rows, strict=True):
+        assert torch.equal(one["act.sinks"].index, other["act.sinks"].index) and int(one["act.sinks"].count.max()) > 0
+    uncalibrated = Drive(f"dense+cache={cache}")
+    uncalibrated(*(t[:, :, :90] for t in (q, k, v)), valid=valid)
+    got, without = stored.last[2], uncalibrated(*(t[:, :, 90:91] for t in (q, k, v)))
+    assert all(float(row.abs().max()) > 0.05 for row in got - without)  # every row's step is calibrated
+    if "bits=16" in cache:
+        assert torch.equal(plain.last[2], got)
+    for d in (plain, stored):  # a second part of the prompt continues the means
+        d(*(t[:, :, 91:111] for t in (q, k, v)))
+    for one, other in zip(plain.cache.rows, stored.cache.rows, strict=True):
+        assert one["act.sinks"].mass.shape == other["act.sinks"].mass.shape
+        torch.testing.assert_close(one["act.sinks"].mass, other["act.sinks"].mass, atol=1.0, rtol=0.1)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_a_batch_have_their_own_sinks(side):
     rows = [planted(n=92, at=(0, 17), seed=1), planted(n=92, at=(0, 30, 50), seed=2)]

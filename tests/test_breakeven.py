@@ -171,6 +171,28 @@ def test_time_is_put_where_it_is_spent():
     assert per_layer.params["graph"] == 0 and prefill.params["dense"] in ("dense, SDPA", "dense, ours")
 
 
+def test_a_policy_that_decodes_is_measured_over_caches_it_has_cut(monkeypatch):
+    """Only where the recipe names it as the policy, too; what it drops between steps is part of a step."""
+    seen = []
+    made = Stage.subject
+    monkeypatch.setattr(Stage, "subject", lambda stage, recipe: seen.append(recipe) or made(stage, recipe))
+    text = "duo_attention:sink=4,window=20"
+    options = dict(lengths=[96], shape=SMALL, phases=["decode"], device="cpu", rounds=1)
+    for recipe, cuts in ((f"decode={text}+cache={text}", True), (f"decode={text}", False), (f"{QUEST}+cache={text}", False)):
+        data = breakeven.run([recipe], **options)
+        assert not data["notes"] and (seen[-1].cache is not None) == cuts and seen[-1].decode is not None
+        assert "drop_ms" not in data["rows"][0]["params"]  # nothing is captured here: drops happen in the steps themselves
+    assert seen[0].cache == seen[0].decode and seen[0].cache.profile  # the same made gates
+
+    monkeypatch.setattr(Subject, "dropping", lambda self: (16, 48.0))
+    monkeypatch.setattr(breakeven, "alternate", lambda calls, *a: {name: [24.0] for name in calls})
+    method = registry.parse(f"{text},sparsity=1")
+    with torch.inference_mode():
+        row = breakeven.decode_row("d", method, Stage(64, 4, 2, 32, torch.float32, 3, CPU), SMALL, 1, cuts=True)
+    assert row.params["drop_ms"] == 16.0 and row.params["drop_every"] == 16
+    assert row.ms["median"] == pytest.approx(1 + 15 / 16)  # a step of a layer takes 1 ms, one in 16 takes 16
+
+
 def test_decode_figures_are_those_of_one_layer_in_one_step(monkeypatch):
     ms = {"dense, ours": [64.0, 64.0], "whole": [32.0, 48.0], "attend": [1.0, 1.0]}  # 8 steps, or one, of 4 layers
     monkeypatch.setattr(breakeven, "alternate", lambda calls, *a: {name: ms[name] for name in calls})

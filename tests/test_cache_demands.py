@@ -17,7 +17,7 @@ import torch
 import foveate
 from foveate.adapters.context import ContextCache
 from foveate.cache.fixed import Fixed, fix
-from foveate.errors import CacheError
+from foveate.errors import CacheError, ShapeError
 from foveate.recipe import Recipe
 from tests.models import generate, tiny, tokens
 from tests.test_fixed_stores import quantised, same
@@ -417,6 +417,17 @@ def test_steps_of_another_batch_are_refused(model):
         talk.hear("steps")
         with pytest.raises(CacheError, match="expected 2 batch rows like the cache, got 1"):
             model(input_ids=PROMPT[:1, :1], past_key_values=talk.cache, use_cache=True)
+
+
+def test_a_call_without_a_new_token_is_refused(model):
+    """What `generate` leaves of a question that does not begin with the tokens of its document."""
+    with under(model, "dense"):
+        talk = Talk(model)
+        talk.hear("steps")
+        seen = talk.cache.get_seq_length()
+        with pytest.raises(ShapeError, match=f"input_ids: expected the {seen} tokens of past_key_values and more"):
+            model(input_ids=PROMPT[:, :0], past_key_values=talk.cache, use_cache=True)
+        assert talk.cache.get_seq_length() == seen
 
 
 def test_tuples_are_tuples(model):

@@ -396,7 +396,7 @@ def test_minference_writes_a_profile_that_applies(small, text, tmp_path):
     assert found.report["recipe"] == f"minference:profile={tmp_path}"
     with foveate.use(small[0], found.report["recipe"]), torch.no_grad():
         small[0](tokens(1, 100) % 90, use_cache=False)
-    with pytest.raises(ConfigError, match="profile: made for tiny"):
+    with pytest.raises(ConfigError, match=r"profile: made for tiny \(minference\) with"):
         foveate.apply(tiny("llama"), found.report["recipe"])
 
 

@@ -301,6 +301,27 @@ def test_a_prompt_rolled_back():
     assert torch.equal(a.last[1].entries, b.last[1].entries) and torch.equal(out, a.last[2])
 
 
+def test_a_rollback_below_the_budget():
+    """Steps within the budget compute no keys: the first one above it, after a roll-back and a call of several tokens, has
+    the number that follows the last one's, and needs the keys of all that came since."""
+    budget, rows = 50, torch.arange(48) >= torch.tensor([[5], [0]])
+    recipe = f"decode=dsa:budget={budget},profile={random_profile(4, 2, 16)}"
+    old, new = qkv(2, n=60), qkv(2, n=60, seed=1)
+    a, b = Drive(recipe), Drive(recipe)
+    a(*(t[:, :, :48] for t in old), valid=rows)
+    for i in range(48, 52):
+        a(*(t[:, :, i : i + 1] for t in old))
+    a.cache.truncate(8)
+    a(*(t[:, :, 44:46] for t in new))
+    for i in range(46, 50):
+        a(*(t[:, :, i : i + 1] for t in new))
+    mixed = [torch.cat([s[:, :, :44], t[:, :, 44:]], 2) for s, t in zip(old, new, strict=True)]
+    b(*(t[:, :, :50] for t in mixed), valid=torch.arange(50) >= torch.tensor([[5], [0]]))
+    for i in range(50, 60):
+        outs = [drive(*(t[:, :, i : i + 1] for t in new)) for drive in (a, b)]
+        assert torch.equal(*outs), i
+
+
 def counting(compute, sizes):
     """`compute`, which also notes for how many entries it was called."""
 

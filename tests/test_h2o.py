@@ -256,3 +256,17 @@ def test_options():
     ):
         with pytest.raises(ConfigError, match=message):
             parse(text)
+
+
+def test_a_rollback_that_forgets_the_sums_says_so():
+    """Within the budget nothing was evicted, so tokens may go; then nothing is dropped any more, which a note tells."""
+    tensors = qkv(1, 4, 2, 50)
+    drive = Drive("cache=h2o:heavy=20,recent=20,slack=1")
+    drive(*(t[:, :, :20] for t in tensors))
+    for i in range(20, 25):
+        drive(*(t[:, :, i : i + 1] for t in tensors))
+    assert not drive.notes
+    drive.cache.truncate(2)
+    for i in range(25, 50):
+        drive(*(t[:, :, i : i + 1] for t in tensors))
+    assert drive.cache.store.lens == [[48, 48]] and any("rollback" in t for t in drive.notes)

@@ -377,6 +377,20 @@ def test_dense_where_it_must_be():
     assert not bool((mask == torch.ones(300, 300, dtype=torch.bool).tril()).all())
 
 
+@pytest.mark.parametrize("n", [33, 35, 36])
+def test_a_longer_row_beside_it_changes_no_plan_of_a_prompt(n):
+    """Dense up to sink + window + k tokens of its own, not of the view that pages of a batch have."""
+    q, k, v = qkv(2, 4, 2, 50)
+    valid = torch.arange(50) >= torch.tensor([[50 - n], [0]])
+    text = "prefill=hip:k=10,block_q=16,block_k=4,sink=5,window=20,dense_layers=0"
+    alone, beside = Drive(text), Drive(replace(Recipe.of(text), storage="paged"))
+    alone(*(t[:1, :, 50 - n :] for t in (q, k, v)))
+    beside(q, k, v, valid)
+    (a, one, _), (b, other, _) = alone.last, beside.watch.calls[0]
+    assert b.kv.kind == "paged" and b.kv.capacity == 50 and one.full == other.full == (n <= 35)
+    assert torch.equal(one.to_mask(a.kv), other.to_mask(b.kv)[..., :n])
+
+
 def test_options():
     m = parse("hip")
     want = dict(k=512, block_q=64, block_k=2, stride=2, sink=16, window=256, refresh=8, dense_layers=3, tile=None)

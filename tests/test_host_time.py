@@ -64,23 +64,20 @@ def test_attend_decides_in_few_calls():
         assert calls(lambda: attend(q, kv)) <= 17
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    """The Gluon backend as far as the launch: gives the list of what was launched, as (grid, arguments by name)."""
-    launched = []
+def double(kernel, launched):
+    """A kernel that only notes its launches in `launched`: ("first" or "again", grid, arguments by name)."""
 
     class Compiled(CompiledKernel):
         module = None
 
-        def __init__(self, kernel):
-            self.kernel = kernel
+        def __init__(self):
+            pass
 
         def __getitem__(self, grid):
-            return lambda *args: launched.append(("again", grid, dict(zip(self.kernel.arg_names, args, strict=True))))
+            return lambda *args: launched.append(("again", grid, dict(zip(kernel.arg_names, args, strict=True))))
 
     class Kernel:
-        def __init__(self, kernel):
-            self.params, self.arg_names, self.compiled = kernel.params, kernel.arg_names, Compiled(kernel)
+        params, arg_names, compiled = kernel.params, kernel.arg_names, Compiled()
 
         def __getitem__(self, grid):
             def first(*args, **options):
@@ -90,12 +87,20 @@ def hopper(monkeypatch):
 
             return first
 
+    return Kernel()
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The Gluon backend as far as the launch: gives the list of what was launched, as (grid, arguments by name)."""
+    launched = []
+
     class Plan:
         def __getitem__(self, grid):
             return lambda *args, **options: None
 
     monkeypatch.setattr(relaunch, "_HELD", {})
-    monkeypatch.setattr(launch, "attend_kernel", Kernel(launch.attend_kernel))
+    monkeypatch.setattr(launch, "attend_kernel", double(launch.attend_kernel, launched))
     monkeypatch.setattr(prepare, "plan_kernel", Plan())
     monkeypatch.setattr(gluon, "_hopper", lambda device: True)
     monkeypatch.setattr(gluon, "_on", lambda device: gluon._HERE)
@@ -235,6 +240,89 @@ def test_a_launch_with_a_tensor_of_its_own_is_not_remembered(hopper):
         args = [torch.zeros(4)] + [0] * (len(kernel.params) - 1)
         relaunch.launch(kernel, (one,), None, lambda args=args: ((1,), args, {}))
         assert hopper[-1][0] == "first"
+
+
+PAGES = {  # of one step over lists: kv heads, entries, tiles, their width, rows of the lists, softmax scale, dtype
+    "it": (2, 256, 4, 16, 2, 0.3, torch.float16),
+    "entries": (2, 256, 64, 1, 2, 0.3, torch.float16),
+    "kv heads": (1, 256, 4, 16, 2, 0.3, torch.float16),
+    "room": (2, 320, 4, 16, 2, 0.3, torch.float16),
+    "more tiles": (2, 256, 12, 16, 2, 0.3, torch.float16),
+    "wider tiles": (2, 256, 4, 32, 2, 0.3, torch.float16),
+    "shared lists": (2, 256, 4, 16, 1, 0.3, torch.float16),
+    "scale": (2, 256, 4, 16, 2, 0.2, torch.float16),
+    "dtype": (2, 256, 4, 16, 2, 0.3, torch.float32),
+}
+
+
+@needs_gluon
+def test_steps_over_lists_are_launched_again_with_the_arguments_of_a_first(monkeypatch):
+    """Each kind of step over dense and paged storage, with and without lse, twice with tensors of its own, after all others:
+    what is launched again is what would be launched if nothing were remembered."""
+    from foveate.kernels.triton import arrivals, paging, paging_launch
+
+    launched = []
+    for name in ("attend_tiles", "attend_entries"):
+        monkeypatch.setattr(paging, name, double(getattr(paging, name), launched))
+    monkeypatch.setattr(arrivals, "counters", lambda rows, part: torch.zeros(rows, dtype=torch.int32))
+    monkeypatch.setattr(relaunch, "_HELD", {})
+    said = lambda x: (x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x  # noqa: E731
+    for seed in range(2):
+        for g, m, many, width, rows, scale, dtype in PAGES.values():
+            k, v = (torch.randn(2, g, m, 64, dtype=dtype) for _ in "kv")
+            table = torch.randperm(2 * g * m // 32).view(2, g, m // 32).int()
+            paged = KV(k.view(-1, 32, 64), v.view(-1, 32, 64), "paged", m, torch.full((2, g), m).int(), table)
+            starts = torch.arange(many, dtype=torch.int32).expand(rows, 4, 1, many) * width
+            count = torch.full((rows, 4, 1), many, dtype=torch.int32)
+            kind = (
+                dict(tiles=starts, tile_count=count, tile_width=width)
+                if width > 1
+                else dict(entries=starts, entry_count=count)
+            )
+            for kv in (KV.dense(k, v), paged):
+                for lse in (False, True):
+                    q = torch.randn(2, 4, 1, 64, dtype=dtype)
+                    call = (q, kv, Layout((2, 4, 1, m), **kind), scale, lse)
+                    out, _ = paging_launch.attend(*call)
+                    how, grid, got = launched.pop()
+                    assert how == ("again" if seed else "first") and got["q"] is q and got["out"] is out
+                    with monkeypatch.context() as afresh:
+                        afresh.setattr(relaunch, "_HELD", {})
+                        paging_launch.attend(*call)
+                    _, plain_grid, want = launched.pop()
+                    assert grid == plain_grid and {n: said(x) for n, x in want.items()} == {n: said(got[n]) for n in want}
+    assert not launched and len(relaunch._HELD) == 4 * len(PAGES)
+
+
+@needs_gluon
+def test_a_constant_that_changes_is_noticed(hopper):
+    """Triton, which is asked again then, raises; here it is a double that counts as a first launch."""
+    kernel, one, module = launch.attend_kernel, torch.zeros(4), {"WIDE": (1, 2), "DEEP": 3}
+    kernel.used_global_vals = {(name, id(module)): (value, module) for name, value in module.items()}
+
+    def start():
+        relaunch.launch(kernel, (one,), None, lambda: ((1,), [one] + [0] * (len(kernel.params) - 1), {}))
+        return hopper[-1][0]
+
+    assert [start(), start()] == ["first", "again"]
+    module["DEEP"] = 4
+    assert [start(), start()] == ["first", "again"]
+    module["WIDE"] = [1]
+    assert start() == "first"
+    del module["WIDE"]
+    kernel.used_global_vals = {}
+    assert [start(), start()] == ["first", "again"]
+
+
+@needs_gluon
+def test_triton_says_which_constants_a_kernel_reads():
+    """Those of the functions it calls too, under the name that `relaunch` looks for."""
+    from foveate.kernels.triton import paging, steps
+
+    for kernel, name, value in ((launch.attend_kernel, "HIDDEN", None), (paging.attend_tiles, "FLOOR", steps.FLOOR)):
+        assert kernel.cache_key  # what a first launch computes
+        found = {n: module[n] for (n, _), (_, module) in kernel.used_global_vals.items()}
+        assert name in found and (value is None or found[name] is value)
 
 
 @needs_gluon

@@ -45,7 +45,8 @@ def slow_square(bq, bk, width, samples):
     rows = max(1, math.ceil(len(bq) * width / len(bk)))
     weight: dict[tuple[int, int], float] = {}
     for rank, i in enumerate(order_q):
-        block = rank // rows
+        centre = (rank // rows + 0.5) * rows / len(bq) * len(bk)  # of these queries, among the keys
+        block = min(int(centre // width), math.ceil(len(bk) / width) - 1)
         for place in range(block * width, min(len(bk), block * width + width)):
             weight[i, order_k[place]] = 1.0
         for place in samples:
@@ -266,6 +267,20 @@ def test_every_seed_layer_and_start_draws_its_own_samples():
     some += [drawn(layer=layer) for layer in (1, 4, 8)] + [drawn(start=start) for start in (4, 8)]
     some = [t.flatten()[:16] for t in some]
     assert not any(torch.equal(a, b) for i, a in enumerate(some) for b in some[:i])
+
+
+@pytest.mark.parametrize(
+    "nq,nk,width", [(64, 64, 8), (60, 60, 8), (30, 3000, 256), (100, 3000, 256), (1, 900, 64), (9, 20, 64)]
+)
+def test_blocks_of_queries_meet_the_keys_of_their_buckets(nq, nk, width):
+    """Short chunks after long ones: the middle of each block of queries falls into its block of keys, or nearest to it."""
+    codes = [torch.arange(n).flip(0)[None, None].int() for n in (nq, nk)]
+    squares = pair_up(*codes, width, 0, torch.Generator().manual_seed(0))
+    middles = (torch.arange(squares.blocks) + 0.5) * squares.rows / nq * nk
+    first = squares.met * width
+    assert bool(((first <= middles) & ((middles < first + width) | (first + width >= nk))).all()), (first, middles)
+    if nq == nk:
+        assert squares.met.tolist() == list(range(-(-nk // width)))
 
 
 def test_softcap():

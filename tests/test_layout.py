@@ -248,6 +248,13 @@ def test_tensors_and_meta(pair):
     assert torch.equal(again.to("cpu").to_mask(), model.mask())
 
 
+@pytest.mark.parametrize("n, m", [(3, 1), (5, 2), (4, 3)])
+def test_the_share_of_more_rows_than_keys(n, m):
+    """Rows before the first key see nothing; of the m (m + 1) / 2 visible pairs a tile over everything names all."""
+    made = Layout.from_csr(torch.tensor([0, 1]), torch.tensor([0]), (1, 1, n, m), block_q=n, block_k=m)
+    assert made.share == 1000
+
+
 @quick
 @given(shapes(), st.data())
 def test_block_mask_and_csr(shape, data):
@@ -493,7 +500,7 @@ WRONG_LISTS = {
     "batch": (dict(tiles=torch.zeros(3, 2, 5, 1, dtype=torch.int32)), "tiles: expected .*1 or 2"),
     "dims": (dict(entries=torch.zeros(1, 2, 5, dtype=torch.int32)), "entries: expected 4 dimensions"),
     "floats": (dict(tiles=torch.zeros(1, 2, 5, 1)), "tiles: expected integers"),
-    "negative window": (dict(window=-1), "window: expected a number >= 0, got -1"),
+    "negative window": (dict(window=-1), "window: expected a whole number >= 0, got -1"),
     "negative windows": (
         dict(window=torch.tensor([[3, -2]])),
         r"window: .* >= 0, got -2 \(batch row 0, head 1\)",
@@ -517,10 +524,15 @@ def test_wrong_rules_and_factors():
     shape = (1, 2, 10, 10)
     d, c = torch.tensor([[[0, 3]]]), torch.tensor([[[1, 9]]])
     for name in ("sink", "window", "stride", "phase"):
-        with pytest.raises(LayoutError, match=f"{name}: expected a number >= 0, got -3"):
+        with pytest.raises(LayoutError, match=f"{name}: expected a whole number >= 0, got -3"):
             Layout.static(shape, **{name: -3})
         with pytest.raises(LayoutError, match=rf"{name}: expected numbers >= 0, got -7 \(batch row 0, head 1\)"):
             Layout.static(shape, **{name: torch.tensor([1, -7])})
+    with pytest.raises(LayoutError, match=r"window: expected a whole number >= 0, got 16\.5"):
+        Layout.static(shape, window=16.5)
+    for wrong in ((2, 10, 10), (1, 2, 0, 10), (1, 2, 10.0, 10)):
+        with pytest.raises(LayoutError, match="shape: expected four whole numbers B, H, N, M >= 1"):
+            Layout.static(wrong, window=4)
     for change, message in (
         (dict(columns=c - 2), r"columns: index -1 is outside 0 to 9 \(batch row 0, head 0, slot 0\)"),
         (dict(diagonals=d + 7), r"diagonals: index 10 is outside 0 to 9 \(batch row 0, head 0, slot 1\)"),
@@ -529,7 +541,7 @@ def test_wrong_rules_and_factors():
     ):
         with pytest.raises(LayoutError, match=message):
             Layout.factored(shape, **(dict(diagonals=d, columns=c) | change))
-    with pytest.raises(LayoutError, match="shape: expected B, H, N, M >= 1"):
+    with pytest.raises(LayoutError, match="shape: expected four whole numbers B, H, N, M >= 1"):
         Layout.dense(1, 2, 0, 10).validate()
     with pytest.raises(LayoutError, match="rows: expected query rows 0 to 9"):
         Layout.dense(*shape).to_mask(rows=torch.tensor([10]))

@@ -325,6 +325,27 @@ def test_steps_that_nobody_watched():
     torch.testing.assert_close(data[0, 2, 1].double(), text.key(2, 1), atol=1e-5, rtol=1e-4)
 
 
+def test_steps_that_nobody_watched_after_a_rollback():
+    """What an earlier turn's steps knew is of a text that is no more, though the step that would begin anew ran without
+    the method."""
+    old, new = qkv(1, 4, 2, 110), qkv(1, 4, 2, 110, seed=1)
+    mixed = [torch.cat([a[:, :, :32], b[:, :, 32:]], 2) for a, b in zip(old, new, strict=True)]
+    a, b = Drive(Recipe.of(SMALL)), Drive(Recipe.of(SMALL))
+    a(*(t[:, :, :100] for t in old))
+    a(*(t[:, :, 100:101] for t in old))
+    a.cache.truncate(101 - 32)
+    b(*(t[:, :, :32] for t in mixed))
+    for drive in (a, b):
+        drive(*(t[:, :, 32:40] for t in mixed))
+        drive.recipe = Recipe.of("dense")
+        for i in range(40, 96):
+            drive(*(t[:, :, i : i + 1] for t in mixed))
+        drive.recipe = Recipe.of(SMALL)
+    for i in range(96, 110):
+        outs = [drive(*(t[:, :, i : i + 1] for t in mixed)) for drive in (a, b)]
+        assert torch.equal(*outs), i
+
+
 def test_padding_and_unknown_queries_have_no_part_in_a_chunk_key():
     """Zeros in their place would still draw mass in an attention without causal mask."""
     gen = torch.Generator().manual_seed(0)

@@ -142,6 +142,15 @@ def test_a_shape_is_the_mask(start):
         assert all(set(mask[h, i].nonzero().flatten().tolist()) == want for h in range(4))
 
 
+def test_sizes_of_nothing_leave_every_row_its_own_key():
+    """A profile may name 0 of everything, for one head or for all."""
+    q, k, v = prompt("random", m=300)
+    nothing = [(name, 0, 0) for name in ("a_shape", "vertical_slash", "block_sparse")]
+    for entries in (nothing + nothing[:1], nothing[:1] * 4):
+        mask = MInference(profile=(tuple(entries),)).plan(call(q, k, v, 70), State()).to_mask()[0]
+        assert mask.diagonal(70, 1, 2).all()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("m,start,blocks", [(600, 0, 3), (600, 0, 1), (577, 250, 4), (640, 256, 4), (700, 690, 2)])
 def test_block_sparse_is_the_card(shape, m, start, blocks):

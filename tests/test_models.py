@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib.util
+import threading
 
 import pytest
 import torch
@@ -48,6 +50,90 @@ def test_folder(tmp_path, no_network):
 def test_names_that_do_not_exist(name, error, message, no_network):
     with pytest.raises(error, match=message):
         models.load(name, device="cpu", dtype="fp32")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers every question with one status, and counts those about the model (huggingface_hub has others of its own)."""
+
+    status, asked = 404, 0
+
+    def do_HEAD(self):
+        type(self).asked += "/some/body/" in self.path
+        self.send_response(self.status)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of our own at a free port, an empty local cache, and nobody who may wait."""
+    from huggingface_hub import constants
+
+    def wait(seconds):
+        raise AssertionError(f"somebody waits {seconds} s to ask again")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", wait)
+    Hub.asked = 0
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def unplug(server):
+    server.shutdown()
+    server.server_close()  # the port refuses from now on
+
+
+NO_ANSWER = "model 'some/body': no such folder here, no whole copy in the local cache .* the hub does not answer"
+
+
+@pytest.mark.parametrize("status", [503, None])
+def test_a_hub_that_does_not_answer_is_asked_once(hub, monkeypatch, status):
+    monkeypatch.setattr(Hub, "status", status or 404)
+    if status is None:
+        unplug(hub)
+    with pytest.raises(ConfigError, match=NO_ANSWER):
+        models.load("some/body", device="cpu", dtype="fp32")
+    assert Hub.asked == (status is not None)
+
+
+def test_offline_by_order(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=NO_ANSWER + r" \(OfflineModeIsEnabled: .*HF_HUB_OFFLINE"):
+        models.load("some/body", device="cpu", dtype="fp32")
+    assert Hub.asked == 0
+
+
+def test_a_hub_that_does_not_know_the_model_says_so(hub):
+    with pytest.raises(ConfigError, match="'some/body': cannot be loaded from here or on the Hugging Face hub"):
+        models.load("some/body", device="cpu", dtype="fp32")
+    assert Hub.asked >= 1
+
+
+def test_a_copy_in_the_local_cache_needs_no_hub(hub, tmp_path):
+    unplug(hub)
+    repo = tmp_path / "hub" / "models--some--body"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    save_model(repo / "snapshots" / ("0" * 40))
+    net, _ = models.load("some/body", device="cpu", dtype="fp32")
+    want = llama(layers=2)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), want.state_dict().values(), strict=True))
 
 
 def test_folder_without_a_model(tmp_path, no_network):

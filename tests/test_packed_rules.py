@@ -112,22 +112,22 @@ else:
 
     @pytest.mark.parametrize("i", range(len(cases.RULES)))
     def test_lists(i):
-        """The kernel's are those of the law."""
-        for rows in cases.ROWS:
+        """The kernel's are those of the law, with the query at the end of even rows and before that of uneven ones, or the
+        other way round. tests/gpu/test_packed_steps.py has all four for each rule."""
+        for j, rows in enumerate(cases.ROWS):
             store, _ = cases.pruned(rows, 16, 16, 5, torch.float32, "cpu", rows[0] != rows[1])
             kv = store.view()
-            for q_pos in (None, kv.lengths()[:, :1] - 30):
-                plan = cases.ruled(kv, 4, cases.RULES[i], q_pos, i)
-                got, want = rule_lists.listed(plan, kv), packed_rules.listed(plan, kv)
-                assert len(got) == len(want)
-                for a, b in zip(got, want, strict=True):
-                    assert a.tile_width == b.tile_width
-                    a, b = ((x.entries, x.entry_count) if x.tiles is None else (x.tiles, x.tile_count) for x in (a, b))
-                    assert torch.equal(*torch.broadcast_tensors(a[1], b[1]))
-                    n = min(a[0].shape[-1], b[0].shape[-1])
-                    x, y, count = torch.broadcast_tensors(a[0][..., :n], b[0][..., :n], a[1][..., None])
-                    used = torch.arange(n) < count
-                    assert torch.equal(x[used], y[used])
+            plan = cases.ruled(kv, 4, cases.RULES[i], kv.lengths()[:, :1] - 30 if (i + j) % 2 else None, i)
+            got, want = rule_lists.listed(plan, kv), packed_rules.listed(plan, kv)
+            assert len(got) == len(want)
+            for a, b in zip(got, want, strict=True):
+                assert a.tile_width == b.tile_width
+                a, b = ((x.entries, x.entry_count) if x.tiles is None else (x.tiles, x.tile_count) for x in (a, b))
+                assert torch.equal(*torch.broadcast_tensors(a[1], b[1]))
+                n = min(a[0].shape[-1], b[0].shape[-1])
+                x, y, count = torch.broadcast_tensors(a[0][..., :n], b[0][..., :n], a[1][..., None])
+                used = torch.arange(n) < count
+                assert torch.equal(x[used], y[used])
 
     @pytest.mark.parametrize("i", [3, 9])
     def test_attention_under_a_rule(i, monkeypatch):
@@ -150,12 +150,14 @@ else:
     @pytest.mark.parametrize("coded", [True, False])
     @pytest.mark.parametrize("kind", [2, "codes"])
     def test_labels_of_packed_keys(kind, coded, monkeypatch):
-        """The newest key is all a step reads."""
+        """The newest key is all a step reads. Two of the four see the fault: each kind of labels, each kind of keys."""
         real = PackedKV.newest
-        cases.check_labels(kind, coded, (61, 90), torch.float32, "cpu", 1e-4)
+        cases.check_labels(kind, coded, (45, 61), torch.float32, "cpu", 1e-4)
+        if coded == (kind == "codes"):
+            return
         monkeypatch.setattr(PackedKV, "newest", lambda kv: real(kv).flip(0))  # a fault: the other row's
         with pytest.raises(AssertionError):
-            cases.check_labels(kind, coded, (61, 90), torch.float32, "cpu", 1e-4)
+            cases.check_labels(kind, coded, (45, 61), torch.float32, "cpu", 1e-4)
 
     @pytest.mark.parametrize("page", [16, 12])
     def test_bounds_of_pruned_keys(page, monkeypatch):

@@ -52,7 +52,7 @@ TABLE = [
     Row("quest:page=16,budget=64,dense_layers=0+heads=duo_attention:sparsity=1,sink=4,window=20"),
     Row("hip:k=32,block_k=16,sink=4,window=20,dense_layers=0,refresh=2"),
     Row("duo_attention:sparsity=1,sink=4,window=20"),
-    Row("act", first=2, role=""),  # its sinks do not outlive the policy's first selection; with them heads would unpack
+    Row("act", ALL, "attention without a head's hidden sinks gives each head its own weights over dense keys", 2, ""),
     Row("topk_exact:budget=20,dense_layers=0", ALL, "exact scores need every key"),
     Row("s2_strided:block=16,local=2,stride=12,sink=4"),
     Row("moa:density=0.3,sink=4,block=16"),
@@ -70,7 +70,7 @@ TABLE = [
     Row("longheads:attention=64,chunk=16,block=16"),
     Row("longheads:attention=64,chunk=16,block=16,positions=text"),
     Row("qwen1m:chunk=64,local=16,block=16,threshold=1000000", ALL, "a view of each chunk is cut from dense keys"),
-    Row("pillar_attn:least=20,ratio=0,draft=2,warm=true", (0, LAYERS, 0), "one step in `draft` + 1 weighs every key"),
+    Row("pillar_attn:least=20,ratio=0,draft=2,warm=true", (LAYERS, 0, 0), "one step in `draft` + 1 weighs every key"),
     Row(
         "retrieval_attention:index=flat,sink=4,recent=16,budget=10,update=8",
         ALL,
@@ -90,7 +90,7 @@ def test_every_method_that_decodes_has_a_row():
     assert all(bool(row.why) == any(row.layers) for row in TABLE)
 
 
-def drive(text, unpacked, first=0, rows=(300, 281), steps=STEPS):
+def drive(text, unpacked, first=0, rows=(150, 131), steps=STEPS):
     """Outputs of steps over fixed stores; unpacked gets, for each step, the layers that made dense keys and values."""
     recipe, run, notes, seen = Recipe.of(text), {}, {}, []
     caches = [LayerCache() for _ in range(LAYERS)]

@@ -162,7 +162,10 @@ REFUSED = {
     "does not fit": ("picky+cache=streaming_llm", "prefill: picky does not fit this recipe: it needs every entry"),
     "heads do not fit": ("heads=picky+cache=streaming_llm", "heads: picky does not fit this recipe: it needs every entry"),
     "empty": ("  ", "recipe: expected a Recipe, a Method or text"),
-    "empty part": ("dense+", "unknown id ''"),
+    "empty part": ("dense+", r"recipe 'dense\+': expected a method on both sides of every '\+', got none"),
+    "role alone": ("decode=", "method '': expected an id, such as quest, got none"),
+    "options alone": ("prefill=:size=3", "method ':size=3': expected an id"),
+    "no preset": ("picky@", "method 'picky@': expected the name of a preset after '@', got none"),
 }
 
 

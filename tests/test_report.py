@@ -13,8 +13,9 @@ import zlib
 from dataclasses import replace
 
 import pytest
+import torch
 
-from foveate import report
+from foveate import measure, report
 from foveate.diagnosis import GRID, Picture
 from foveate.errors import FoveateError
 from foveate.measure import Comparison, Row
@@ -217,6 +218,24 @@ def test_summary_calls_nothing_faster_that_one_pass_cannot_tell(comparison, firs
     other = replace(row("x"), first_token=first * dense.first_token, tokens_per_second=rate * dense.tokens_per_second)
     text = report.summary(Comparison(comparison.facts, [dense, other]))
     assert ("of dense)" in text) is said and ("none is smaller" in text) is not said
+
+
+def test_summary_orders_no_speeds_that_were_taken_beside_other_work(comparison, monkeypatch):
+    """One row's time is enough to doubt every order; memory is as certain as ever."""
+    assert not comparison.busy and "of dense" in report.summary(comparison)
+    for b in range(len(comparison.rows)):
+        rows = list(comparison.rows)
+        rows[b] = replace(rows[b], notes=[*rows[b].notes, *measure._busy(torch.device("cpu"), 2.0, 0.1)])
+        made = Comparison(comparison.facts, rows)
+        text = report.summary(made)
+        assert made.busy and json.loads(made.to_json())["busy"] is True
+        assert "no order of speed is certain" in text and "of dense" not in text and "fastest" not in text
+    for kv_bytes, said in ((1, "the smallest cache from x"), (2**40, "none is smaller")):
+        other = row("x", 0.5, kv_bytes=kv_bytes, notes=[measure.BUSY_NOTE])
+        text = report.summary(Comparison(made.facts, [row("dense"), other]))
+        assert said in text and "faster" not in text
+    monkeypatch.setattr("foveate.report.plots.available", lambda: False)
+    assert text in html.unescape(report.render(Comparison(made.facts, [row("dense"), other])))
 
 
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

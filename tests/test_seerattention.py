@@ -170,12 +170,13 @@ def test_dense_at_the_end_of_the_scale(option):
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6, 0.9])
-def test_ratio_is_the_part_of_causal_blocks(ratio):
-    """Whole blocks, and one or two forced ones, are all that moves it."""
+@pytest.mark.parametrize("start", [0, 320, 1200])
+def test_ratio_is_the_part_of_causal_blocks(ratio, start):
+    """Of a prompt and of a later chunk; whole blocks, and one or two forced ones, are all that moves it."""
     q, k, v = qkv(1, 4, 2, 1600)
-    x = call(q, k, v, Rotary(16))
+    x = call(q[:, :, start:], k, v, Rotary(16), start)
     plan = SeerAttention(profile=seer_profile(), block=16, ratio=ratio, last_block_dense=False).plan(x, State())
-    kept = int(plan.tile_count.sum()) / (4 * 100 * 101 / 2)
+    kept = int(plan.tile_count.sum()) / (4 * sum(range(start // 16 + 1, 101)))
     assert ratio - 0.02 <= kept <= ratio + 0.03
 
 

@@ -255,7 +255,7 @@ BAD = {
     "another model": ("chat/completions", {"model": "gpt", "messages": HELLO}, "gpt"),
     "unknown field": ("chat/completions", {"messages": HELLO, "fovea": 1}, "fovea"),
     "no number": ("chat/completions", {"messages": HELLO, "temperature": "hot"}, "temperature: expected a number"),
-    "negative length": ("chat/completions", {"messages": HELLO, "max_tokens": -5}, "max_tokens: expected a whole number"),
+    "negative length": ("chat/completions", {"messages": HELLO, "max_tokens": -5}, "whole number from 1 to 2147483648"),
     "half a token": ("chat/completions", {"messages": HELLO, "max_tokens": 1.5}, "max_tokens: expected a whole number"),
     "top_p": ("chat/completions", {"messages": HELLO, "top_p": 0}, "top_p"),
     "seed": ("chat/completions", {"messages": HELLO, "seed": "x"}, "seed"),

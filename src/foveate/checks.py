@@ -1,10 +1,12 @@
 """What a layout given by a user must fulfil. Every error names the argument, the value and its place.
 
-Each check waits for the device; layouts that the library builds are trusted and skip them.
+Each check waits for the device; layouts that the library builds are trusted and skip them. At the end: the tensors that
+arguments of `Layout`'s builders become, for which nothing waits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from .errors import LayoutError
 from .kv import KV
-from .lists import BUDGET, INDEX_FIELDS, RULE_FIELDS, covered, repeat_heads, used_slots
+from .lists import BUDGET, INDEX_FIELDS, NO_LIMIT, RULE_FIELDS, covered, repeat_heads, used_slots
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -26,11 +28,16 @@ def place(wrong: Tensor, axes: tuple[str, ...] | None = None) -> str:
     return ", ".join(f"{axis} {i}" for axis, i in zip(axes or _AXES[len(at)], at, strict=True))
 
 
+def shape_fits(shape: Sequence[int]) -> None:
+    """(B, H, N, M), whole numbers from 1 on."""
+    if len(shape) != 4 or not all(isinstance(n, int) and n >= 1 for n in shape):
+        raise LayoutError(f"shape: expected four whole numbers B, H, N, M >= 1, got {shape}")
+
+
 def lists_fit(layout: Layout) -> None:
     """Shapes, ranges and order of every part. One synchronisation, and more only to name the place of an error."""
+    shape_fits(layout.shape)
     b, h, n, m = layout.shape
-    if min(b, h, n, m) < 1:
-        raise LayoutError(f"shape: expected B, H, N, M >= 1, got {layout.shape}")
     if layout.block_q < 1 or layout.tile_width < 1 or not 0 <= layout.q_offset < layout.block_q:
         raise LayoutError(
             f"expected block_q >= 1, tile_width >= 1 and 0 <= q_offset < block_q, "
@@ -87,7 +94,8 @@ def share(layout: Layout) -> int:
     _, _, n, m = layout.shape
     off = (used_slots(tiles, count) & (tiles % layout.tile_width != 0)).any()
     listed, off_grid = (int(x) for x in torch.stack([count.sum(), off.to(count.dtype)]).tolist())
-    visible = n * m - (n * (n - 1) // 2 if layout.causal else 0)
+    rows = min(n, m) if layout.causal else n  # rows before the first key see none
+    visible = rows * m - (rows * (rows - 1) // 2 if layout.causal else 0)
     pairs = listed * layout.block_q * layout.tile_width
     if layout.causal and n == m and layout.block_q == layout.tile_width:  # half of a block on the diagonal is hidden
         last = torch.arange(layout.num_blocks, device=tiles.device) * layout.tile_width
@@ -167,3 +175,34 @@ def disjoint(same: list[tuple[int, Layout]], kv: KV | None) -> None:
                 where = f"batch row {at[0]}, head {at[1]}, query {int(rows[at[2]])}, key {at[3]}"
                 raise LayoutError(f"parts: part {i} names a pair that an earlier part names ({where})")
             seen |= mask
+
+
+# ---------------------------------------------------------------------- arguments as tensors
+def rule(name: str, x: int | Tensor | None, device: torch.device | str, validate: bool) -> Tensor | None:
+    """int32 `[B|1, Hl]` from a number or a tensor `[Hl]` or `[B|1, Hl]`, which `validate` checks."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        if x < 0 or x % 1:
+            raise LayoutError(f"{name}: expected a whole number >= 0, got {x}")
+        return torch.full((1, 1), min(x, NO_LIMIT), dtype=torch.int32, device=device)
+    if validate:
+        rule_fits(name, x)
+    x = x.to(device, torch.int32)
+    return x if x.dim() == 2 else x.view(1, -1)
+
+
+def int32(name: str, t: Tensor | None) -> Tensor | None:
+    """The same indices as int32."""
+    if t is not None and t.is_floating_point():
+        raise LayoutError(f"{name}: expected integers, got {t.dtype}")
+    return None if t is None else t.to(torch.int32)
+
+
+def counts_of(index: Tensor | None, count: Tensor | None) -> Tensor | None:
+    """int32 counts of the rows of `index`: as given, or the whole width."""
+    if index is None:
+        return None
+    if count is None:
+        return torch.full(index.shape[:-1], index.shape[-1], dtype=torch.int32, device=index.device)
+    return count.to(torch.int32)

@@ -72,8 +72,13 @@ class Checkup:
         """Every backend that says it can serve a layout computes it within tolerance."""
         return all(s.passed for s in self.served)
 
+    @property
+    def tested(self) -> bool:
+        """Whether any backend computed anything: without, `healthy` says only that nothing is known to be wrong."""
+        return any(s.errors for s in self.served)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"healthy": self.healthy}
+        return asdict(self) | {"healthy": self.healthy, "tested": self.tested}
 
 
 def examine(

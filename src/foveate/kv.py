@@ -239,6 +239,15 @@ class KV:
             return replace(self, k=self.k[b : b + 1], v=self.v[b : b + 1], **cut)
         return replace(self, **cut)
 
+    def heads(self, first: int, end: int) -> KV:
+        """The view of kv heads first..end - 1 alone, without copying."""
+        some = {
+            n: t[:, first:end] for n in ("len", "table", "offsets", "pos", "bias") if (t := getattr(self, n)) is not None
+        }
+        if self.kind == "dense":
+            return replace(self, k=self.k[:, first:end], v=self.v[:, first:end], **some)
+        return replace(self, **some)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the storage this view sees (the whole pool for paged and ragged views)."""

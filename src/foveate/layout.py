@@ -1,4 +1,4 @@
-"""Layout: which (query, key) pairs get computed, as plain tensors. Parts: several partial softmaxes.
+"""Layout: which (query, key) pairs get computed, as plain tensors. Parts, several partial softmaxes, are in `parts.py`.
 
 Indices are *entry numbers* of a `KV` view; causality and windows compare *positions* (`q_pos` against `kv.pos`).
 Query rows are grouped into blocks of `block_q` rows; the grid is anchored at absolute position 0, so a chunk that
@@ -35,6 +35,9 @@ from .convert import Inverse
 from .errors import LayoutError
 from .kv import KV
 from .lists import NO_LIMIT, RULE_FIELDS
+from .parts import Part, Parts
+
+__all__ = ["NO_LIMIT", "RULE_FIELDS", "TENSOR_FIELDS", "Inverse", "Layout", "Part", "Parts"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Layout:
 
         Tensors are checked for negative values with one synchronisation each, unless `validate` is False.
         """
+        if validate:
+            checks.shape_fits(shape)
         phase = 0 if stride is not None and phase is None else phase
         rule = dict(zip(RULE_FIELDS, (sink, window, stride, phase), strict=True))
         return Layout(
@@ -114,7 +119,7 @@ class Layout:
             q_offset=q_offset,
             tile_width=stride_block,
             q_pos=q_pos,
-            **{name: _rule(name, value, device, validate) for name, value in rule.items()},
+            **{name: checks.rule(name, value, device, validate) for name, value in rule.items()},
         )
 
     @staticmethod
@@ -148,12 +153,12 @@ class Layout:
             q_offset=q_offset,
             tile_width=tile_width,
             q_pos=q_pos,
-            sink=_rule("sink", sink, device, validate),
-            window=_rule("window", window, device, validate),
-            tiles=_int32("tiles", tiles),
-            tile_count=_counts(tiles, tile_count),
-            entries=_int32("entries", entries),
-            entry_count=_counts(entries, entry_count),
+            sink=checks.rule("sink", sink, device, validate),
+            window=checks.rule("window", window, device, validate),
+            tiles=checks.int32("tiles", tiles),
+            tile_count=checks.counts_of(tiles, tile_count),
+            entries=checks.int32("entries", entries),
+            entry_count=checks.counts_of(entries, entry_count),
         )
         if validate:
             checks.lists_fit(layout)
@@ -184,8 +189,8 @@ class Layout:
         are O(M) per head; `validate=False` saves four of the five synchronisations.
         """
         if validate:
-            checks.in_range("diagonals", diagonals, _counts(diagonals, diagonal_count), shape[3])
-            checks.in_range("columns", columns, _counts(columns, column_count), shape[3])
+            checks.in_range("diagonals", diagonals, checks.counts_of(diagonals, diagonal_count), shape[3])
+            checks.in_range("columns", columns, checks.counts_of(columns, column_count), shape[3])
         d, dc = lists.merge_diagonals(diagonals, diagonal_count, shape[3], block_q, tile_width)
         c, cc = lists.sort_unique(columns, column_count)
         return Layout(
@@ -402,84 +407,3 @@ class Layout:
 
 
 TENSOR_FIELDS = tuple(f.name for f in fields(Layout) if "Tensor" in str(f.type))
-
-
-def _rule(name: str, x: int | Tensor | None, device: torch.device | str, validate: bool) -> Tensor | None:
-    """int32 `[B|1, Hl]` from a number or a tensor `[Hl]` or `[B|1, Hl]`."""
-    if x is None:
-        return None
-    if not isinstance(x, Tensor):
-        if x < 0:
-            raise LayoutError(f"{name}: expected a number >= 0, got {x}")
-        return torch.full((1, 1), min(x, NO_LIMIT), dtype=torch.int32, device=device)
-    if validate:
-        checks.rule_fits(name, x)
-    x = x.to(device, torch.int32)
-    return x if x.dim() == 2 else x.view(1, -1)
-
-
-def _int32(name: str, t: Tensor | None) -> Tensor | None:
-    if t is not None and t.is_floating_point():
-        raise LayoutError(f"{name}: expected integers, got {t.dtype}")
-    return None if t is None else t.to(torch.int32)
-
-
-def _counts(index: Tensor | None, count: Tensor | None) -> Tensor | None:
-    if index is None:
-        return None
-    if count is None:
-        return torch.full(index.shape[:-1], index.shape[-1], dtype=torch.int32, device=index.device)
-    return count.to(torch.int32)
-
-
-# ---------------------------------------------------------------------- parts
-@dataclass(frozen=True)
-class Part:
-    """One partial softmax: a layout over its own views of queries and keys (None: those of the call).
-
-    `gate` `[B, H, N]` multiplies this part's output under combine="gated". `scale` overrides the softmax scale.
-    """
-
-    layout: Layout
-    q: Tensor | None = None
-    kv: KV | None = None
-    gate: Tensor | None = None
-    scale: float | None = None
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Several partial softmaxes: under "lse" one softmax over their disjoint union, under "gated" a weighted sum.
-
-    Under "lse" the parts must be disjoint or carry entry weights (`KV.bias`); `validate` checks the first for parts
-    that read the same view.
-    """
-
-    parts: tuple[Part, ...]
-    combine: str = "lse"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(self.parts))
-        if self.combine not in ("lse", "gated"):
-            raise LayoutError(f"combine: expected 'lse' or 'gated', got {self.combine!r}")
-        if not self.parts:
-            raise LayoutError("parts: expected at least one part, got none")
-        rows = self.parts[0].layout.shape[:3]
-        for i, part in enumerate(self.parts):
-            if part.layout.shape[:3] != rows:
-                raise LayoutError(f"parts: expected [B, H, N] = {list(rows)} in part {i}, got {list(part.layout.shape[:3])}")
-            if self.combine == "gated" and part.gate is None:
-                raise LayoutError(f"parts: combine='gated' expects a gate on every part, part {i} has none")
-
-    def validate(self) -> None:
-        """Raise LayoutError if a part is wrong, or if two parts of an "lse" combination name one pair of one view
-        (time N x M, memory a few rows of it)."""
-        for part in self.parts:
-            part.layout.validate()
-        if self.combine != "lse":
-            return
-        views: dict[int, list[tuple[int, Part]]] = {}
-        for i, part in enumerate(self.parts):
-            views.setdefault(id(part.kv), []).append((i, part))
-        for same in views.values():
-            checks.disjoint([(i, part.layout) for i, part in same], same[0][1].kv)

@@ -120,12 +120,6 @@ class RowLists:
         return self.start.shape[-1] == 0 and self.entries.shape[-1] == 0
 
 
-def block_rows(layout: Layout, blk: int) -> tuple[int, int]:
-    """Rows [r0, r1) of this call that lie in query block `blk`."""
-    r0 = max(0, blk * layout.block_q - layout.q_offset)
-    return r0, min(layout.shape[2], (blk + 1) * layout.block_q - layout.q_offset)
-
-
 def block_ends(layout: Layout, blocks: Tensor) -> Tensor:
     """Position just after the last row of each query block, counted as if positions were entry numbers: `[Bl, nb]`.
 

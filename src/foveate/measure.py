@@ -34,6 +34,7 @@ _LOG = logging.getLogger("foveate")
 WARM_TOKENS = 1280  # enough for every preset to drop something, a small part of the time of a long prompt
 WARM_STEPS = 2
 BUSY = 0.7  # a prefill that gets less than this share of its threads' time is not to be compared
+BUSY_NOTE = "other work was running"
 STEP_WEIGHT = 40  # a decode step takes about as long as this many tokens of a prefill
 DEFAULT_RECIPES = (
     "dense",
@@ -106,12 +107,17 @@ class Comparison:
     def dense(self) -> Row:
         return self.rows[0]
 
+    @property
+    def busy(self) -> bool:
+        """Other work took the cores while a recipe was timed: no order of speed is certain."""
+        return any(note.startswith(BUSY_NOTE) for row in self.rows for note in row.notes)
+
     def to_json(self) -> str:
-        """Every figure of the run as JSON, but for the pictures (they are in the report)."""
+        """Every figure of the run as JSON, and `busy`, but for the pictures (they are in the report)."""
         rows = [dataclasses.asdict(dataclasses.replace(row, pictures=[])) for row in self.rows]
         for row in rows:
             del row["pictures"]
-        return json.dumps({"facts": self.facts, "rows": rows}, indent=1, allow_nan=False) + "\n"
+        return json.dumps({"facts": self.facts, "busy": self.busy, "rows": rows}, indent=1, allow_nan=False) + "\n"
 
 
 def compare(
@@ -379,7 +385,7 @@ def _notes(recipe: Recipe, said: list[str], tokens: int, steps: list[float], dev
     for method in recipe.methods:
         gate = pay_off(method, "prefill" if method is recipe.prefill else "decode", device)  # as gates see it
         if tokens < gate.length:
-            notes.append(f"{method.id}: {tokens} tokens are below its pay-off length of {gate.length}; run anyway")
+            notes.append(f"{method.id}: {tokens:,} tokens are below its pay-off length of {gate.length:,}; run anyway")
     if recipe.evicts and len(steps) > 1:
         extra = steps[0] - statistics.median(steps[1:])
         notes.append(f"the first decode step compresses the cache, once: {1000 * max(0.0, extra):.0f} ms longer")
@@ -391,4 +397,4 @@ def _busy(device: torch.device, wall: float, cpu: float) -> list[str]:
     share = cpu / (wall * torch.get_num_threads())
     if device.type != "cpu" or wall < 1.0 or share > BUSY:
         return []
-    return [f"other work was running: this process got {share:.0%} of its {torch.get_num_threads()} cores; speeds mislead"]
+    return [f"{BUSY_NOTE}: this process got {share:.0%} of its {torch.get_num_threads()} cores; speeds mislead"]

@@ -71,7 +71,7 @@ def load(
         elif folder.is_dir():
             net, tokenizer = _load_folder(folder, kind)
         else:
-            net, tokenizer = _from_pretrained(model, kind)
+            net, tokenizer = _load_hub(model, kind)
     try:
         return net.to(where).eval(), tokenizer
     except torch.OutOfMemoryError as err:
@@ -241,6 +241,32 @@ def _check_hub_id(model: str) -> None:
         raise ConfigError(f"model: no such file or folder: {model!r}")
     if "/" not in model and (hint := nearest(model, (*EMBEDDED, *PACKAGED))):
         raise ConfigError(f"model: unknown name {model!r}{hint}")
+
+
+def _load_hub(name: str, kind: torch.dtype) -> tuple[Any, Any]:
+    """From the hub; where it does not answer a first question, from the copy in its local cache alone: for each file that is
+    not there huggingface_hub would ask five times more, and wait in between, before it says so."""
+    if (why := _unreachable(name)) is None:
+        return _from_pretrained(name, kind)
+    try:
+        return _from_pretrained(name, kind, local_files_only=True)
+    except ConfigError as err:
+        what = "no such folder here, no whole copy in the local cache of the Hugging Face hub, and the hub does not answer"
+        raise ConfigError(f"model {name!r}: {what} ({why})") from err
+
+
+def _unreachable(name: str) -> str | None:
+    """Why the hub cannot be asked, found by one question of at most ten seconds; None where it answered, be it "no"."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except ValueError:  # not an id: said better by who loads
+        return None
+    except Exception as err:  # of the HTTP library, which depends on the version of huggingface_hub
+        status = getattr(getattr(err, "response", None), "status_code", 599)
+        return None if status < 500 else f"{type(err).__name__}: {_first(err)}"
+    return None
 
 
 def _from_pretrained(name: str, kind: torch.dtype, **asked: Any) -> tuple[Any, Any]:

@@ -69,8 +69,8 @@ class Profile:
         if self.fingerprint and fingerprint != self.fingerprint:
             made, have = (set(text.split("; ")) for text in (self.fingerprint, fingerprint))
             raise ConfigError(
-                f"profile: made for {self.model or 'another model'} with {', '.join(sorted(made - have))}, but this model "
-                f"has {', '.join(sorted(have - made))}; run `foveate calibrate {self.method}` for it"
+                f"profile: made for {self.model or 'another model'} ({self.method}) with {', '.join(sorted(made - have))}, "
+                f"but this model has {', '.join(sorted(have - made))}; run `foveate calibrate {self.method}` for it"
             )
 
 

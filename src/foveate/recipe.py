@@ -75,6 +75,8 @@ class Recipe:
             raise ConfigError(f"recipe: expected a Recipe, a Method or text, got {recipe!r}")
         parts: list[tuple[str | None, Method]] = []
         for piece in recipe.split("+"):
+            if not piece.strip():
+                raise ConfigError(f"recipe {recipe!r}: expected a method on both sides of every '+', got none")
             head, eq, rest = piece.partition("=")
             role = head.strip() if eq and ":" not in head and "@" not in head else None
             if role is not None and role not in (*ROLES, "heads"):

@@ -64,7 +64,11 @@ def get(name: str) -> type[Method]:
 def parse(text: str) -> Method:
     """A method from `id`, `id@preset`, `id:key=value,...` or `id@preset:key=value,...`."""
     head, _, tail = text.strip().partition(":")
-    name, _, preset = head.partition("@")
+    name, at, preset = (part.strip() for part in head.partition("@"))
+    if not name:
+        raise ConfigError(f"method {text!r}: expected an id, such as quest, got none; foveate methods lists them")
+    if at and not preset:
+        raise ConfigError(f"method {text!r}: expected the name of a preset after '@', got none")
     options = {}
     for item in filter(None, (part.strip() for part in tail.split(","))):
         key, eq, value = item.partition("=")
@@ -73,7 +77,7 @@ def parse(text: str) -> Method:
         if key.strip() in options:
             raise ConfigError(f"method {text!r}: {key.strip()} is given twice")
         options[key.strip()] = _literal(value.strip())
-    return get(name.strip()).make(preset.strip() or None, **options)
+    return get(name).make(preset or None, **options)
 
 
 def _literal(text: str) -> object:

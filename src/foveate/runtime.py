@@ -26,6 +26,7 @@ from .kv import KV
 from .layout import Layout, Part, Parts
 from .methods.base import AttnInput, Method, Rope, Selection, State
 from .payoff import pay_off
+from .pieces import by_pieces
 from .recipe import Recipe
 
 STORES = "runtime.stores"  # in `state.run`: the stores in host memory by layer, as far as steps have come
@@ -133,7 +134,8 @@ def _prefill(recipe: Recipe, cache: LayerCache, q: Tensor, dv: int, step: Step, 
             )
         start = cache.seen[i] - counts[i]
         x = _input(qi, kv, "prefill", info, step, start, last_positions([cache.seen[i]], counts[i], q.device))
-        oi = _run(recipe, x, method, step.state(cache, i), step, info)
+        run = _run if method is None or not method.apart else _run_pieces
+        oi = run(recipe, x, method, step.state(cache, i), step, info)
         cache.save_tail(i, qi, tail)
         if b == 1 and whole:
             return oi
@@ -170,6 +172,13 @@ def _decode(recipe: Recipe, cache: LayerCache, q: Tensor, step: Step, info: Info
         if keep is not None:
             cache.select(keep, [keep.row(i) for i in range(q.shape[0])])
     return out
+
+
+def _run_pieces(recipe: Recipe, x: AttnInput, method: Method | None, state: State, step: Step, info: Info) -> Tensor:
+    """`_run`, some kv heads at a time where nobody looks at all of them together."""
+    watched = step.meter is not None or bool(_observers(recipe, x.phase)) or recipe.heads is not None
+    whole = watched or info.sinks is not None or x.window is not None
+    return by_pieces(x, None if whole else method, lambda piece: _run(recipe, piece, method, state, step, info))
 
 
 # ---------------------------------------------------------------------- both

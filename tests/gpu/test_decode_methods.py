@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import foveate
-from tests.models import generate, tiny, tokens
+from tests.gpu import capturing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -156,19 +155,7 @@ def test_lists_that_count_their_own_positions(shape, name, mixed):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_replayed_steps_are_the_steps(recipe, rows):
-    model = tiny(num_hidden_layers=4, hidden_size=256, head_dim=64, max_position_embeddings=4096).to("cuda")
-    ids = tokens(rows, 600).cuda()
-    mask = torch.ones_like(ids)
-    if rows > 1:
-        mask[1, :133] = 0
-    run = lambda: generate(model, ids, mask, max_new_tokens=50, min_new_tokens=50)  # noqa: E731
-    with foveate.use(model, recipe):
-        want = run()
-    with foveate.use(model, recipe, graphs=True) as handle:
-        got = run()
-        assert handle.graphs.replays >= 42, handle.notes
-    assert torch.equal(got.sequences, want.sequences)
-    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-3, rtol=1e-3)
+    capturing.check_model(recipe, rows, prompt=600, new=50, eager=8)
 
 
 @pytest.mark.parametrize("text", [

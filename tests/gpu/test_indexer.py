@@ -17,8 +17,8 @@ if torch.cuda.is_available():
     from foveate.methods.base import AttnInput, State
     from foveate.scores import indexer as law
     from tests import indexer_cases as cases
+    from tests.gpu import capturing
     from tests.indexers import random_profile
-    from tests.models import generate, tiny, tokens
 
     SHAPES = cases.SHAPES
 else:
@@ -133,39 +133,35 @@ def test_in_a_cuda_graph(dtype):
     q, k, v = draw(2, 8, 1, 128), draw(2, 2, 20000, 128), draw(2, 2, 20000, 128)
     length = torch.tensor([[19000, 19000], [900, 900]], dtype=torch.int32, device=CUDA)
     kv, state, rope = KV.dense(k, v, len=length), State(), cases.rope_of(128, CUDA)
-    dsa, number = cases.method(q, kv, heads=16, width=128, budget=512), 0
+    dsa, number = cases.method(q, kv, heads=16, width=128, budget=512), -1
 
     def step():
         layout = cases.step(dsa, q, kv, state, number, rope)
         return foveate.attend(q, kv, layout), layout
 
-    step()
-    length += 1
-    number = 1
-    step()
-    number = 2
-    length += 1
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    number = 3
-    length += 1
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, layout = step()
-    for i in range(40):
+    def next_token():
+        nonlocal number
+        number += 1
+        length.add_(int(number > 0))
+
+    def change():
         q.copy_(draw(2, 8, 1, 128))
         for b in range(2):
             k[b, :, int(length[b, 0]) - 1] = 2 * draw(2, 128)
-        graph.replay()
+
+    def check(i):
         torch.testing.assert_close(out, foveate.attend(q, kv, layout), atol=0, rtol=0)
         if i % 4 == 0:
             fresh = cases.step(dsa, q, kv, State(), 0, rope)
             assert torch.equal(layout.entry_count, fresh.entry_count)
             assert all(len(a - b) <= 4 for a, b in zip(cases.chosen(layout), cases.chosen(fresh), strict=True))
-        length += 1 if i % 5 else -2  # what was rolled back is written over
+        length.add_(1 if i % 5 else -2)  # what was rolled back is written over
+
+    for _ in range(2):
+        next_token()
+        step()
+    graph, (out, layout) = capturing.record(step, before=next_token)
+    capturing.check_replays(graph, 40, change, check)
 
 
 def test_runs_are_equal_and_wait_for_nothing():
@@ -214,18 +210,6 @@ def test_long_caches_hold_little_memory():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_model_replays_its_steps(rows):
-    net = tiny(num_hidden_layers=4, hidden_size=256, head_dim=64, max_position_embeddings=4096).to(CUDA, torch.float32)
-    heads, groups = net.config.num_attention_heads, net.config.num_key_value_heads
-    recipe = f"dsa:budget=64,profile={random_profile(heads, groups, 64, 8, 64, 32)}"
-    ids = tokens(rows, 700).cuda()
-    mask = torch.ones_like(ids)
-    if rows > 1:
-        mask[1, :133] = 0
-    run = lambda: generate(net, ids, mask, max_new_tokens=40, min_new_tokens=40)  # noqa: E731
-    with foveate.use(net, recipe):
-        want = run()
-    with foveate.use(net, recipe, graphs=True) as handle:
-        got = run()
-        assert handle.graphs.replays >= 36, handle.notes
-    assert torch.equal(got.sequences, want.sequences)
-    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-3, rtol=1e-3)
+    net = capturing.small().config
+    heads, groups = net.num_attention_heads, net.num_key_value_heads
+    capturing.check_model(f"dsa:budget=64,profile={random_profile(heads, groups, 64, 8, 64, 32)}", rows)

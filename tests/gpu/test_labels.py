@@ -18,7 +18,7 @@ if torch.cuda.is_available():
     from foveate.methods.double_sparsity import DoubleSparsity
     from foveate.scores import entries
     from tests import label_cases as cases
-    from tests.models import generate, tiny, tokens
+    from tests.gpu import capturing
 
     LABELS, CODES = cases.LABELS, cases.CODES
     METHODS = [
@@ -86,24 +86,20 @@ def test_in_a_cuda_graph(method, dtype):
     step()
     length += 1
     number = 1
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, layout = step()
-    for i in range(40):
+    graph, (out, layout) = capturing.record(step)
+
+    def change():
         q.copy_(draw(2, 8, 1, 128))
         for b in range(2):
             k[b, :, int(length[b, 0])] = 2 * draw(2, 128)
-        length += 1
-        graph.replay()
-        if i % 4 == 0:
-            plan = cases.step(method, q, kv, State(), 0)
-            assert torch.equal(layout.entries, plan.entries) and torch.equal(layout.entry_count, plan.entry_count)
-            assert torch.equal(out, foveate.attend(q, kv, plan))
+        length.add_(1)
+
+    def check(i):
+        plan = cases.step(method, q, kv, State(), 0)
+        assert torch.equal(layout.entries, plan.entries) and torch.equal(layout.entry_count, plan.entry_count)
+        assert torch.equal(out, foveate.attend(q, kv, plan))
+
+    capturing.check_replays(graph, 40, change, check, every=4)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.describe())
@@ -139,19 +135,7 @@ def test_the_choice_is_that_of_the_papers_up_to_near_ties():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_model_replays_its_steps(recipe, rows):
     recipe += (":" if ":" not in recipe else ",") + "budget=64,dense_layers=0"
-    net = tiny(num_hidden_layers=4, hidden_size=256, head_dim=64, max_position_embeddings=4096).to("cuda", torch.float32)
-    ids = tokens(rows, 700).cuda()
-    mask = torch.ones_like(ids)
-    if rows > 1:
-        mask[1, :133] = 0
-    run = lambda: generate(net, ids, mask, max_new_tokens=40, min_new_tokens=40)  # noqa: E731
-    with foveate.use(net, recipe):
-        want = run()
-    with foveate.use(net, recipe, graphs=True) as handle:
-        got = run()
-        assert handle.graphs.replays >= 36, handle.notes
-    assert torch.equal(got.sequences, want.sequences)
-    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-3, rtol=1e-3)
+    capturing.check_model(recipe, rows)
 
 
 def test_unserved_head_dims_fall_back():

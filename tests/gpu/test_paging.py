@@ -20,6 +20,7 @@ if torch.cuda.is_available():
     from foveate.methods.quest import Quest
     from foveate.scores.bounds import Bounds
     from tests import paging_cases as cases
+    from tests.gpu import capturing
     from tests.paging_cases import problem
 
 SIZES = [(1, 16, 64), (3, 16, 64), (4, 64, 64), (8, 16, 128), (4, 16, 128), (2, 32, 96), (16, 64, 128)]
@@ -110,23 +111,28 @@ def test_a_captured_append(dtype):
     cases.step(ours, other, *draw(1))
     k, v = draw(1)
     ours.append(k, v, None, [0, 0]), other.append(k, v, None, [0, 0])
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
     counted = ours.counted()
-    with torch.cuda.graph(graph):
+
+    def append():
         ours.append(k, v, None, [0, 0])
         view = ours.view()
         bounds.update(view)  # launches nothing
-    ours.recount(counted)
-    for i in range(70):
-        fresh = draw(1)
-        k.copy_(fresh[0]), v.copy_(fresh[1])
-        graph.replay()
-        ours.replayed()
+        return view
+
+    def change():
+        for held, new in zip((k, v), draw(1), strict=True):
+            held.copy_(new)
         other.append(k, v, None, [0, 0])
+
+    def check(i):
+        ours.replayed()
         assert torch.equal(view.len, other.now)
         if i % 7 == 0:
             cases.same(ours, other, bounds)
+
+    graph, view = capturing.record(append, warm=False)
+    ours.recount(counted)
+    capturing.check_replays(graph, 70, change, check)
 
 
 @both
@@ -195,23 +201,20 @@ def test_in_a_cuda_graph(page, dtype):
     kv = KV.dense(k, v, len=length)
     step = planned(q, kv, page, State())
     step()  # fills the bounds
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, layout = step()
-    for _ in range(70):
+    graph, (out, layout) = capturing.record(step)
+
+    def change():
         q.copy_(draw(2, 8, 1, 128))
         for b in range(2):
             k[b, :, int(length[b, 0])] = 2 * draw(2, 128)
-        length += 1
-        graph.replay()
+        length.add_(1)
+
+    def check(i):
         want, plan = planned(q, kv, page, State())()
         assert torch.equal(layout.tiles, plan.tiles) and torch.equal(layout.tile_count, plan.tile_count)
         assert torch.equal(out, want)
+
+    capturing.check_replays(graph, 70, change, check)
 
 
 @both

@@ -2,8 +2,9 @@
 
 Prefill: estimate, select and attend of one layer on made prompts (see `prefill`), beside the faster of PyTorch's and the
 library's dense attention. Decode: steps of all attention layers over random caches (see `decode`), beside the library's
-dense steps; figures are per layer. Method and dense take turns at every length. The break-even is where the speed-up
-crosses 1 for the last time, interpolated in the logarithms of length and speed-up.
+dense steps; figures are per layer. A method that its recipe also names as cache policy decodes over caches that it has cut,
+and what it drops between steps is counted with them. Method and dense take turns at every length. The break-even is where
+the speed-up crosses 1 for the last time, interpolated in the logarithms of length and speed-up.
 """
 
 from __future__ import annotations
@@ -29,19 +30,22 @@ from ..profile import Profile
 from ..recipe import Recipe
 from . import results
 from .decode import Stage
-from .prefill import Problem, attended, clock, densities, planned
+from .prefill import Problem, clock, densities, planned, whole
 from .results import Row
 
 BENCH = "breakeven"
 PHASES = ("prefill", "decode")
 LENGTHS = {"cuda": tuple(2**i for i in range(11, 18)), "cpu": (512, 1024, 2048, 4096)}
-# Every decode method that works on the device and needs no profile, or weights that `MADE` draws: in 128K tokens none may
-# be slower than dense but those that read all keys by their nature (topk_exact; token_select at best 1.6 times faster, see
-# benchmarks/NOTES.md).
+# Every decode method that works on the device and needs no profile, or one that `MADE` draws: in 128K tokens none may be
+# slower than dense but those that read all keys by their nature (topk_exact; qwen1m, dense over moved positions;
+# token_select at best 1.6 times faster, see benchmarks/NOTES.md). retrieval_attention is left out: its search runs on the
+# host by design, for keys that do not fit the device; beside keys that do, there is nothing to break even with.
 DECODE = (
     "quest", "quest:share=group", "quest:page=64,share=group", "decode=lserve:assign=even", "tidal_decode", "adamas",
-    "double_sparsity", "decode=token_select", "decode=longheads", "recycled_attention", "pillar_attn",
-    "decode=streaming_llm", "decode=s2_strided", "decode=topk_exact", "decode=dsa",
+    "double_sparsity", "decode=token_select", "decode=token_select@cached", "decode=longheads", "recycled_attention",
+    "pillar_attn", "decode=streaming_llm", "decode=s2_strided", "decode=topk_exact", "decode=dsa", "decode=hip",
+    "decode=qwen1m", "decode=duo_attention+cache=duo_attention", "decode=moa+cache=moa",
+    "decode=razor_attention+cache=razor_attention",
 )  # fmt: skip
 RECIPES = ("minference", "flexprefill", "xattention", "spargeattn", "anchor_attention", *DECODE)
 LEAST, MOST, SLOW = 0.2, 30, 20.0  # seconds a method is measured at least; rounds at most; seconds before it is cut short
@@ -128,33 +132,38 @@ def alternate(
 def prefill_row(text: str, method: Method, problem: Problem, shape: Shape, rounds: int) -> Row:
     """One layer's prompt: planning ("plan_ms": estimate and select) and attention together, beside dense."""
     x = problem.x
-    plan, state = planned(method, x)
-    attended(method, x, plan, state)  # compiles
-    density = densities(x, plan)[0]
-    del plan, state
+    density = densities(x, planned(method, x)[0])[0]
+    whole(method, x)  # compiles
     calls: dict[str, Callable[[], Any]] = {
         **problem.dense,
-        "whole": lambda: attended(method, x, *planned(method, x)),
+        "whole": lambda: whole(method, x),
         "plan": lambda: planned(method, x),
     }
     ms = alternate(calls, x.device, rounds, max(rounds, MOST))
     return _row("prefill", text, method, x.shape[2], shape, ms, list(problem.dense), density, ms["plan"])
 
 
-def decode_row(text: str, method: Method, stage: Stage, shape: Shape, rounds: int) -> Row:
-    """A step of every layer, per layer."""
-    dense, mine = stage.dense(), stage.subject(Recipe(decode=method))
+def decode_row(text: str, method: Method, stage: Stage, shape: Shape, rounds: int, cuts: bool = False) -> Row:
+    """A step of every layer, per layer. cuts: over caches that the method as their policy has cut, what it drops between
+    steps included ("drop_ms": a layer of a step that drops, "drop_every" so many steps)."""
+    dense, mine = stage.dense(), stage.subject(Recipe(decode=method, cache=method if cuts else None))
     calls: dict[str, Callable[[], Any]] = {"dense, ours": dense.cycle, "whole": mine.cycle}
     if mine.attends is not None:
         calls["attend"] = mine.attends
     room = min(mine.left, dense.left)  # both store a token a step
     ms = alternate(calls, stage.device, rounds, min(max(rounds, MOST), room))
     per = {name: [t / (shape.layers * (1 if name == "attend" else stage.CYCLE)) for t in ts] for name, ts in ms.items()}
+    every, drop = mine.dropping()
+    drop /= shape.layers
+    if every:
+        per["whole"] = [t + max(0.0, drop - t) / every for t in per["whole"]]
     plan = None
     if "attend" in per:
         plan = [max(0.0, statistics.median(per["whole"]) - statistics.median(per["attend"]))]
     row = _row("decode", text, method, stage.n, shape, per, ["dense, ours"], mine.density, plan)
     row.params["graph"] = int(mine.captured)
+    if every:
+        row.params.update(drop_ms=round(drop, 5), drop_every=every)
     return row
 
 
@@ -173,7 +182,7 @@ def _row(
     return Row(f"{phase}, {n} tokens", text, shape.facts() | params, took, None, density)
 
 
-# ---------------------------------------------------------------------- weights of methods that have to be trained
+# ---------------------------------------------------------------------- profiles of methods that have to be trained
 def indexers(shape: Shape) -> Profile:
     """Random weights for dsa: the published 64 heads of width 128 in every layer, on the mean query and key of all heads."""
     gen = torch.Generator().manual_seed(0)
@@ -185,11 +194,34 @@ def indexers(shape: Shape) -> Profile:
     return Profile("dsa", {"rope_dims": 64}, tensors)
 
 
-MADE: dict[str, Callable[[Shape], Profile]] = {"dsa": indexers}
+def by_head(method: str, *names: str) -> Callable[[Shape], Profile]:
+    """Random scores of kv heads: which heads a share of them is, and so how many of a layer, is chance."""
+
+    def made(shape: Shape) -> Profile:
+        gen = torch.Generator().manual_seed(0)
+        return Profile(method, {}, {name: torch.rand(shape.layers, shape.g, generator=gen) for name in names})
+
+    return made
+
+
+def spans(shape: Shape) -> Profile:
+    """Two rules a layer for moa, as its search gives them, half of the heads having each, by chance: windows of a tenth and
+    of 29 % of the text, a third of the pairs of a prompt."""
+    gen = torch.Generator().manual_seed(0)
+    wide = torch.rand(shape.layers, shape.h, generator=gen).argsort(-1) < shape.h // 2
+    return Profile("moa", {}, {"alpha": torch.zeros(wide.shape), "beta": torch.where(wide, 0.29, 0.1)})
+
+
+MADE: dict[str, Callable[[Shape], Profile]] = {
+    "dsa": indexers,
+    "duo_attention": by_head("duo_attention", "gates"),
+    "moa": spans,
+    "razor_attention": by_head("razor_attention", "induction", "echo"),
+}
 
 
 def equipped(method: Method, shape: Shape, folder: Path) -> Method:
-    """The method with random weights, written below `folder`, if it needs some and names none: time does not go by them."""
+    """The method with a random profile, written below `folder`, if it needs one and names none: time does not go by it."""
     if method.id not in MADE or getattr(method, "profile", None) is not None:
         return method
     where = folder / method.id
@@ -207,7 +239,8 @@ def run(
     """Measure every recipe at every length, as a result of kind "breakeven" with `notes` of what failed and why.
 
     Args:
-        recipes: texts. What serves prefill is measured in prefill, what serves decode in decode; caches stay dense.
+        recipes: texts. What serves prefill is measured in prefill, what serves decode in decode; caches stay dense but
+            where the cache policy is the decode method itself.
         lengths: tokens, by default `LENGTHS`. shape: Llama-3-8B's heads in bf16 by default, fp32 on a CPU.
         rounds: at least, alternating with dense. seconds: after these nothing further begins.
         json: a file that is rewritten after every row; what it has is not measured again.
@@ -256,7 +289,7 @@ def run(
                 if isinstance(made, Problem):
                     row = prefill_row(text, able, made, shape, rounds)
                 elif made is not None:
-                    row = decode_row(text, able, made, shape, rounds)
+                    row = decode_row(text, able, made, shape, rounds, Recipe.of(text).cache == method)
                 else:
                     continue  # there was no memory for this length, which a note says
                 row.params["method"] = method.describe()  # as it was asked for: made weights are nobody's

@@ -1,7 +1,8 @@
 """Decode steps of a model's attention alone: every layer's append, plan and attend through the runtime, in CUDA graphs.
 
 Keys, values and queries are random: a step's time depends on how much a method reads, not on what. A method's memory, its
-dense first layers and what layers share are those of a model of that many layers.
+dense first layers and what layers share are those of a model of that many layers. A cache policy has cut the caches before
+the first step; what it drops between steps is measured apart (`Subject.dropping`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..cache import DenseStore, LayerCache
-from ..cache.fixed import Fixed, FixedDense, fix
+from ..cache.fixed import Fixed, FixedDense, FixedRagged, fix
 from ..kernels.dispatch import attend
 from ..layout import Layout, Parts
 from ..methods.base import AttnInput, LayerState, Method
 from ..recipe import Recipe
-from ..runtime import Info, Step, attention
+from ..runtime import Info, Step, attention, compress
 from ..scores.bounds import Bounds
-from .prefill import Turn
+from .prefill import Turn, clock
 
 ROOM = 256  # tokens that fit behind a context: little, as a graph computes over capacities
 DEVICES = ("cuda",)  # that have graphs
@@ -91,11 +92,13 @@ class Subject:
             self.advance()
 
     def _cache(self, i: int) -> LayerCache:
-        """Layer i as if a prompt had just been read; entries share the stage's memory."""
+        """Layer i as if a prompt had just been read; entries share the stage's memory where no cache policy dropped any."""
         cache, n = LayerCache(), self.stage.n
-        store = DenseStore(self.stage.k[i], self.stage.v[i], [n])
-        cache.store = fix(store, [n]) if self.captured else store
+        cache.store = DenseStore(self.stage.k[i], self.stage.v[i], [n])
         cache.seen, cache.rows, cache.tails = [n], [LayerState()], [None]
+        compress(self.recipe, cache, Step(run=self.run), self.stage.infos[i])
+        if self.captured:
+            cache.store = fix(cache.store, [n])
         return cache
 
     def _step(self, meter: Plans | None = None) -> None:
@@ -115,7 +118,8 @@ class Subject:
     @property
     def left(self) -> int:
         """Cycles that still fit behind the context."""
-        return (ROOM - (self.caches[0].seen[0] - self.stage.n)) // self.stage.CYCLE
+        free = [c.store.free for c in self.caches if isinstance(c.store, FixedRagged)]
+        return min(ROOM - (self.caches[0].seen[0] - self.stage.n), *free, ROOM) // self.stage.CYCLE
 
     def advance(self) -> None:
         """One step: replayed where its phase was captured, captured where it can be, else as it is."""
@@ -138,6 +142,21 @@ class Subject:
         """`CYCLE` steps in a row."""
         for _ in range(self.stage.CYCLE):
             self.advance()
+
+    def dropping(self) -> tuple[int, float]:
+        """(steps from one that drops entries to the next, milliseconds of such a step), or (0, 0) without captured steps,
+        which have their drops in them, or a policy that names its steps. It runs as it is and may move what graphs read: the
+        last thing that is asked."""
+        policy = self.recipe.cache
+        if not self.captured or not isinstance(policy, Method) or type(policy).evict is Method.evict:
+            return 0, 0.0
+        every = next((n for n in range(1, 1 << 12) if policy.evicts(n - 1)), 0)
+        took = 0.0
+        for _ in range(2 if every else 0):  # the first one drops what has gathered, and compiles
+            for cache in self.caches:
+                cache.steps = every - 1
+            took = clock(self._step, self.stage.device)[0]
+        return every, took
 
 
 class Plans:

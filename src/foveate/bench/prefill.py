@@ -24,6 +24,7 @@ from ..kernels.dispatch import attend, choose
 from ..kv import KV
 from ..layout import Layout, Part, Parts
 from ..methods.base import AttnInput, Method, State
+from ..pieces import by_pieces
 
 # cuDNN where it can: not in fp32, nor before Ampere
 FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -186,6 +187,11 @@ def attended(method: Method, x: AttnInput, plan: Layout | Parts, state: State, l
     if (own := getattr(method, "attend", None)) is not None:
         return own(x, plan, state)[: 2 if lse else 1]
     return attend(x.q, x.kv, plan, scale=x.scale, return_lse=lse)
+
+
+def whole(method: Method, x: AttnInput) -> Any:
+    """Plan and attend as the library does it: some kv heads at a time where the method allows that."""
+    return by_pieces(x, method, lambda piece: attended(method, piece, *planned(method, piece)))
 
 
 def densities(x: AttnInput, plan: Layout | Parts) -> tuple[float, float, str]:

@@ -20,7 +20,7 @@ from ..errors import CacheError
 from ..kv import KV
 from ..methods.base import Selection
 from ..scores import fused
-from ..scores.keys import pieces
+from ..scores.keys import BUDGET, GPU_BUDGET, pieces
 from .dense import DenseStore
 from .ragged import RaggedStore
 from .ring import RingStore
@@ -323,9 +323,10 @@ class FixedRagged(RaggedStore, Fixed):
         if not _stays(selection, self.bias) or slots > 2 * (sum(flat) + SLACK * len(flat)):
             return self.loose().select(selection)
         index = selection.indices[:, :, : max(flat)].long()
-        for lo, hi in pieces(index.shape[2], index[:, :, :1].numel() * (self.k.shape[1] + self.v.shape[1])):
+        budget = BUDGET if index.device.type == "cpu" else GPU_BUDGET
+        for lo, hi in pieces(index.shape[2], index[:, :, :1].numel() * (self.k.shape[1] + self.v.shape[1]), budget):
             at = torch.arange(lo, hi, device=index.device)
-            live = at < counts[..., None]
+            live = (at < counts[..., None]) & (index[:, :, lo:hi] != at)  # the others are in their place
             here, there = kv.rows(index[:, :, lo:hi])[live], (self._offsets[..., None] + at)[live]
             self.k[there], self.v[there] = self.k[here], self.v[here]
         _pull(self.pos, index)

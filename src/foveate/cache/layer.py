@@ -97,13 +97,19 @@ class LayerCache:
         self.tails[row] = joined[:, :, -rows:].clone()
 
     def select(self, keep: Selection, rows: list[Selection]) -> None:
-        """Keep only these entries (`keep` for all rows, `rows` one by one); the others are gone."""
+        """Keep only these entries (`keep` for all rows, `rows` one by one); the others are gone.
+
+        A row that keeps all entries keeps its memory too: they ascend, so each has its number still. What decode steps
+        remember goes in any case: they read it from the stored keys, which may be others now (quantised, pruned).
+        """
         assert self.store is not None
         before = self.store.lens
         self.store = self.store.select(keep)
-        self.evicted = self.evicted or self.store.lens != before or keep.ring is not None
-        for state, selection in zip(self.rows, rows, strict=True):
-            state.keep(selection)
+        moved = [keep.ring is not None or old != new for old, new in zip(before, self.store.lens, strict=True)]
+        self.evicted = self.evicted or any(moved)
+        for state, selection, fewer in zip(self.rows, rows, moved, strict=True):
+            if fewer:
+                state.keep(selection)
         self.batch.keep(keep)
         self.tails = [None] * len(self.tails)
 

@@ -24,6 +24,7 @@ from ..options import (
 )
 
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder of results; what is there is not computed again.")]
+Made = Annotated[Path, typer.Option("--out", "-o", help="Folder of results that foveate eval wrote.")]
 Data = Annotated[
     list[str] | None,
     typer.Option("--data", help="NAME=FILE, a data file of a task that needs one (qa_1, qa_2); repeatable."),
@@ -124,7 +125,7 @@ def _files(given: list[str] | None) -> dict[str, Path]:
 
 
 def frontier(
-    out: Folder = Path("eval"),
+    out: Made = Path("eval"),
     report: Annotated[Path | None, typer.Option(help="Folder of page and tables; the results folder if not given.")] = None,
     summary: Annotated[Path | None, typer.Option(help="Also write a compact JSON summary to this file.")] = None,
     debug: Debug = False,
@@ -157,7 +158,7 @@ def recommend(
     by: Annotated[str, typer.Option(help="What to make small: first_token, step or kv_bytes.")] = "first_token",
     model: Annotated[str | None, typer.Option(help="Refuse results of another model.")] = None,
     protocols: Annotated[str | None, typer.Option(help="Only scores under these protocols.")] = None,
-    out: Folder = Path("eval"),
+    out: Made = Path("eval"),
     debug: Debug = False,
 ) -> None:
     """The recipe on the front whose measured loss you can live with, and the reason."""

@@ -111,13 +111,13 @@ def terminal(found: Sequence[Point]) -> list[Any]:
         columns = [(title, [cell(p, d) for p, _ in own]) for title, cell in COLUMNS if title not in WIDE]
         columns = [(title, cells) for title, cells in columns if set(cells) != {"-"}]
         columns.append(("on the front of", [", ".join(AXES[x] for x in on) or "-" for _, on in own]))
-        table = Table(title=f"{length:,} tokens", title_justify="left")
-        table.add_column("recipe", min_width=min(32, max(len(p.recipe) for p, _ in own)), overflow="fold")
+        shown = Table(title=f"{length:,} tokens", title_justify="left")
+        shown.add_column("recipe", min_width=min(32, max(len(p.recipe) for p, _ in own)), overflow="fold")
         for title, _ in columns:
-            table.add_column(title, justify="left" if title == "on the front of" else "right")
+            shown.add_column(title, justify="left" if title == "on the front of" else "right")
         for row, (p, _) in enumerate(own):
-            table.add_row(p.recipe, *(cells[row] for _, cells in columns))
-        out.append(table)
+            shown.add_row(p.recipe, *(cells[row] for _, cells in columns))
+        out.append(shown)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import uuid
 from collections.abc import Sequence
@@ -26,16 +27,10 @@ def depth_of(index: int, grid: int) -> float:
 
     The order jumps by about 0.62 of the grid, so that a handful of samples is spread over all depths, too.
     """
-    step = next(s for s in range(max(1, round(0.62 * grid)), 2 * grid + 2) if _coprime(s, grid))
+    step = next(s for s in range(max(1, round(0.62 * grid)), 2 * grid + 2) if math.gcd(s, grid) == 1)
     return (index * step % grid) / max(1, grid - 1)
 
 
 def uuid4(rng: random.Random) -> str:
     """A random UUID of version 4: 122 random bits."""
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-
-
-def _coprime(a: int, b: int) -> bool:
-    while b:
-        a, b = b, a % b
-    return a == 1

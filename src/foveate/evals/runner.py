@@ -187,7 +187,7 @@ class _Runner:
         """Samples asked together; those that are watched, and those with turns, come alone."""
         size = self.plan.batch or max(1, (262144 if self.device.type == "cuda" else 16384) // length)
         alone = [i for i in missing if i < self.plan.looks or protocol == "turns"]
-        rest = [i for i in missing if i not in set(alone)]
+        rest = sorted(set(missing) - set(alone))
         yield from ([i] for i in alone)
         yield from (rest[i : i + size] for i in range(0, len(rest), size))
 

@@ -193,6 +193,8 @@ def _finite(q: Tensor, kv: KV) -> None:
 
 def _attend_parts(q, kv, plan, scale, want_lse, want_mass, softcap, name):  # type: ignore[no-untyped-def]
     gated = plan.combine == "gated"
+    if plan.joint is not None and not want_mass:  # all parts in one call
+        return *plan.joint(scale=scale, softcap=softcap, backend=name), None
     if want_mass and (gated or any(p.kv is not None for p in plan.parts)):
         raise UnsupportedError("return_mass: gated parts, and parts with keys of their own, have no common softmax")
     parts = [(q if p.q is None else p.q, kv if p.kv is None else p.kv, p) for p in plan.parts]

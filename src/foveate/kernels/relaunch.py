@@ -3,7 +3,8 @@
 `kernel[grid](...)` binds some forty arguments, turns each into a type and facts such as "divisible by 16", and looks up the
 compiled kernel under all of that: more host time than a short kernel runs. Those facts follow from shapes, strides, dtypes
 and alignments of the tensors and from the other numbers of a call. A call in which all of these came before reuses the
-compiled kernel and the list of arguments; only its tensors are new.
+compiled kernel and the list of arguments; only its tensors are new. Module constants that the kernel reads must be those
+of its first launch: a call after one has changed goes to Triton again, which refuses it.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ class Like(NamedTuple):
 
 
 class Held(NamedTuple):
-    """One launch: `places` are (argument, number of its tensor, its descriptor or None if it is the tensor itself).
-    `kernel` is kept so that nothing else can have its id."""
+    """One launch: `places` are (argument, number of its tensor, its descriptor or None if it is the tensor itself);
+    `constants` are (module, name, value) of what the kernel, and what it calls, read there. `kernel` is kept so that nothing
+    else can have its id."""
 
     kernel: Any
     compiled: Any
     grid: tuple[int, int, int]
     args: list[Any]
     places: list[tuple[int, int, Like | None]]
+    constants: list[tuple[dict[str, Any], str, Any]]
 
 
 _HELD: dict[Hashable, Held] = {}
@@ -65,6 +68,10 @@ def launch(kernel: Any, tensors: Sequence[Tensor | None], facts: Hashable, build
     """
     key = _key(kernel, tensors, facts)
     held = _HELD.get(key)
+    for module, name, value in () if held is None else held.constants:
+        if module.get(name) is not value:
+            held = None
+            break
     if held is None:
         grid, args, options = build()
         compiled = kernel[grid](*args, **options)
@@ -119,7 +126,9 @@ def _held(
             places.append((at, number, None if base is arg else Like.of(arg)))
             full[at] = None
     x, y, z = (*grid, 1, 1)[:3]
-    return Held(kernel, compiled, (x, y, z), full, places)
+    read = getattr(kernel, "used_global_vals", {})  # by Triton: (name, id of module) -> (value it compiled, module)
+    constants = [(module, name, module[name]) for (name, _), (_, module) in read.items()]
+    return Held(kernel, compiled, (x, y, z), full, places, constants)
 
 
 def _remember(key: Hashable, held: Held | None) -> None:

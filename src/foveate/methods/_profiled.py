@@ -13,7 +13,7 @@ from .base import AttnInput, State
 def per_head(
     method: str, path: str | None, name: str, x: AttnInput, state: State, dtype: torch.dtype | None = None
 ) -> Tensor | None:
-    """`[H]`, this layer's row of the tensor `name` `[layers, H]` of the profile at `path`; None without a path.
+    """`[H]`, what the tensor `name` `[layers, H]` of the profile at `path` has for this call; None without a path.
 
     method: its id. dtype: by default the stored one. It is copied to the device once for each layer of a generation.
     """
@@ -22,8 +22,8 @@ def per_head(
     key = f"{method}.{path}.{x.layer}"
     held: Tensor | None = state.run.get(key)
     if held is None or held.device != x.device:
-        table, want = found.tensors[name], [x.layers, x.q.shape[1]]
+        table, want = found.tensors[name], [x.layers, x.all_lists(x.q.shape[1])]
         if (have := list(table.shape)) != want:
             raise ConfigError(f"{method}: profile expected {name} [layers, heads] = {want}, got {have}")
         held = state.run[key] = table[x.layer].to(x.device, dtype)
-    return held
+    return x.own_lists(held)

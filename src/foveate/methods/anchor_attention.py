@@ -45,6 +45,7 @@ class AnchorAttention(Method):
     id: ClassVar[str] = "anchor_attention"
     roles: ClassVar[tuple[str, ...]] = ("prefill",)
     selection: ClassVar[str] = "prompt"  # rows of a group share their keys
+    apart: ClassVar[bool] = True  # lists have room for all keys
     source: ClassVar[str] = "Zhang et al. 2025, arXiv 2505.23520"
     # Groups of 2,048 rows make a third of a prompt of 7,000 tokens local. On SmolLM2-135M (1,450 tokens of essays, 5 layers,
     # rows from 700 on) theta = 12 computes 0.89 of the pairs, 6 computes 0.53 for 0.95 of the attention mass, of which first

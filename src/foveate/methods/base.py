@@ -125,6 +125,7 @@ class AttnInput:
         backend: the kernel backend the user named, for methods that call `attend` themselves; None: the best one.
         stored: in gated decode steps, entries of the longest row and kv head as the host counts them, where `kv.capacity`
             may be a store's room. Gates go by it, with a graph for either side; a captured plan may not depend on it.
+        part: (first query head, all query heads of the layer) where a call has some kv heads only (see `pieces`), or None.
         note: call with a sentence worth telling the user (kept once per run).
     """
 
@@ -142,6 +143,7 @@ class AttnInput:
     window: int | None = None
     backend: str | None = None
     stored: int | None = None
+    part: tuple[int, int] | None = None
     note: Callable[[str], None] = lambda text: None
 
     @property
@@ -157,6 +159,24 @@ class AttnInput:
     @property
     def device(self) -> torch.device:
         return self.q.device
+
+    def only(self, first: int, end: int) -> AttnInput:
+        """The call of kv heads first..end - 1 and of the query heads that read them; nothing is copied."""
+        h = self.q.shape[1]
+        per, (before, heads) = h // self.groups, self.part or (0, h)
+        some = dict(q=self.q[:, first * per : end * per], kv=self.kv.heads(first, end), part=(before + first * per, heads))
+        return dataclasses.replace(self, **some)  # type: ignore[arg-type]
+
+    def all_lists(self, lists: int) -> int:
+        """How many lists the whole layer has if this call has so many: what a profile's tables are made for."""
+        return lists if self.part is None else lists * self.part[1] // self.q.shape[1]
+
+    def own_lists(self, table: Tensor) -> Tensor:
+        """Of a tensor whose last dimension runs over the lists of the layer, what belongs to the heads of this call."""
+        if self.part is None:
+            return table
+        (first, heads), lists = self.part, table.shape[-1]
+        return table[..., first * lists // heads : (first + self.q.shape[1]) * lists // heads]
 
     def offset(self, block: int) -> int:
         """q_offset of this call's first row in a grid of `block` rows anchored at position 0."""
@@ -242,6 +262,7 @@ class Method:
         presets: named settings for other lengths, `method@name`.
         observes: phases in which `observe` is called.
         evicted_ok: prefill planning works on a cache whose entries are no longer all positions 0..M-1.
+        apart: in prefill no head looks at another and nothing is remembered: `plan` may get some kv heads at a time.
         together: `compress` keeps no state and takes rows of equal lengths as one batch.
         knob: the hyperparameter that the generic offline search bisects, or None (see `search.py`).
         extends: re-assigned positions keep every distance inside the model's range, so prompts may be longer than it.
@@ -257,6 +278,7 @@ class Method:
     sees: ClassVar[tuple[str, ...]] = ()
     observes: ClassVar[tuple[str, ...]] = ("prefill", "decode")
     evicted_ok: ClassVar[bool] = False
+    apart: ClassVar[bool] = False
     together: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     knob: ClassVar[Knob | None] = None

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import profile as profiles
 from ..errors import ConfigError
-from ..layout import NO_LIMIT, Layout
+from ..layout import NO_LIMIT, Layout, Part, Parts
 from ..lists import compact, trim
+from ._cut import CUT, Cut, counted, mark
 from .base import AttnInput, Method, Selection, State, option
 from .search import Knob
 
@@ -61,34 +62,48 @@ class DuoAttention(Method):
         """Below it no head drops anything."""
         return self.sink + self.window
 
-    def plan(self, x: AttnInput, state: State) -> Layout | None:
-        streaming = self._streaming(x, state)
-        count = sum(streaming)
+    def plan(self, x: AttnInput, state: State) -> Layout | Parts | None:
+        count = sum(self._streaming(x, state))
         if count == 0:
             return None
         block = 128 if x.phase == "prefill" else 1
         sink: int | Tensor = self.sink
         window: int | Tensor = self.window
-        if count < len(streaming):  # numbers need no copy to the device
-            # One number a kv head lets a step's kernels read each key once for its query heads.
-            mine = self._mask(x, state) if x.phase == "decode" else self.owns(x, state)
-            sink, window = torch.where(mine, self.sink, 0), torch.where(mine, self.window, NO_LIMIT)
-        return Layout.static(
+        if count < x.groups:  # numbers need no copy to the device
+            sink, window = self._rules(x, state)
+        kv = counted(x, state, self) if x.phase == "decode" else None
+        layout = Layout.static(
             x.shape,
             sink=sink,
             window=window,
             block_q=block,
             q_offset=x.offset(block) if x.phase == "prefill" else 0,
-            q_pos=x.layout_pos(),
+            q_pos=x.layout_pos() if kv is None else None,
             device=x.device,
             validate=False,
         )
+        return layout if kv is None else Parts((Part(layout, kv=kv),))
+
+    def _rules(self, x: AttnInput, state: State) -> tuple[Tensor, Tensor]:
+        """(sink, window) of a layer where some heads stream, int32, made once a generation: of each query head of a prompt,
+        of each kv head in a decode step, whose kernels then read each key once for all its query heads."""
+        key = f"{self.describe()} {x.layers} {x.groups} {x.device} {x.layer} {x.q.shape[1]} {x.phase}"
+        if key not in state.run:
+            mine = self._mask(x, state) if x.phase == "decode" else self._heads(x, state)
+            state.run[key] = tuple(torch.where(mine, n, m).int() for n, m in ((self.sink, 0), (self.window, NO_LIMIT)))
+        return state.run[key]  # type: ignore[no-any-return]
 
     def owns(self, x: AttnInput, state: State) -> Tensor:
         """bool `[H]`: the query heads of streaming kv heads."""
+        if x.phase == "prefill":
+            state.layer[CUT] = Cut(None)  # beside other methods the plan of a step has to be one layout
+        return self._heads(x, state)
+
+    def _heads(self, x: AttnInput, state: State) -> Tensor:
         return self._mask(x, state).repeat_interleave(x.q.shape[1] // x.groups)
 
     def compress(self, x: AttnInput, state: State) -> Selection | None:
+        mark(x, state, self)
         end = torch.tensor([x.start + x.q.shape[2]], device=x.device)
         return self._keep(x, state, end) if x.kv.capacity > self.sink + self.window else None
 

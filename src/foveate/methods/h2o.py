@@ -83,8 +83,11 @@ class H2O(Method):
 
     def evict(self, x: AttnInput, state: State) -> Selection | None:
         sums = [_sums(row) for row in state.rows]
-        if not self.evicts(x.step) or any(s is None or s.length is None for s in sums):
-            return None  # without a prompt there is nothing that the budget could be a ratio of
+        if not self.evicts(x.step):
+            return None
+        if any(s is None or s.length is None for s in sums):  # nothing that the budget could be a ratio of
+            x.note("h2o: no prompt came, or a rollback forgot its sums of attention; entries are kept until the next one")
+            return None
         assert x.q_pos is not None
         return self._keep(x, sums, x.q_pos)
 

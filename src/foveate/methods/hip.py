@@ -116,8 +116,12 @@ class HiP(Method):
         """Keys of a tile of the layout."""
         return self.tile or self.block_k
 
+    def phase(self, step: int) -> str | None:
+        return Refresh(self.refresh).phase(step)
+
     def plan(self, x: AttnInput, state: State) -> Layout | None:
-        if x.layer < self.dense_layers or x.kv.capacity <= self.sink + self.window + self.k:
+        many = x.start + x.q.shape[2] if x.phase == "prefill" else x.kv.capacity  # a view may be a longer row's
+        if x.layer < self.dense_layers or many <= self.sink + self.window + self.k:
             return None
         return self._prefill(x) if x.phase == "prefill" else self._decode(x, state)
 

@@ -158,7 +158,7 @@ class HyperAttention(Method):
         (s, h, nq, _), nk, m = q.shape, k.shape[2], squares.samples.shape[-1]
         options: dict[str, Any] = dict(scale=x.scale, softcap=x.softcap, return_lse=True, backend=x.backend)
         q = _take(q, squares.queries)
-        tiles = torch.arange(squares.blocks, device=q.device)[None, None, :, None] * squares.width
+        tiles = squares.met[None, None, :, None] * squares.width
         grid: dict[str, Any] = dict(block_q=squares.rows, causal=False, validate=False)
         near = Layout.lists((s, h, nq, nk), tile_width=squares.width, tiles=tiles, **grid)
         results = [attend(q, (_take(k, squares.keys), _take(v, squares.keys)), near, **options)]

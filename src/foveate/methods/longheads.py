@@ -124,8 +124,9 @@ class LongHeads(Method):
     def _keys(self, x: AttnInput, state: State) -> tuple[ChunkKeys, Asked | None]:
         """The chunk keys of all rows, this decode step included; what its queries ask them, where kernels find it."""
         held: ChunkKeys | None = state.layer.get(KEYS)
-        if x.step == 0 or held is None or held.data is None or held.size != self.chunk or len(held.data) != len(x.q):
-            rows = [row.get(KEYS) for row in state.rows]
+        rows = [row.get(KEYS) for row in state.rows]
+        fits = held is not None and held.data is not None and held.size == self.chunk and len(held.data) == len(x.q)
+        if held is None or not fits or x.step == 0 or held.outlived(rows):
             held = state.layer[KEYS] = ChunkKeys.stack(rows, x, self.chunk)
         # Where the host does not know whose chunk ends here, one step in `chunk` renews what ended since: a key is not asked
         # for before the chunk after it has ended too.

@@ -161,6 +161,7 @@ class MInference(Method):
         return replace(layout, diagonals=layout.diagonals[..., :most].contiguous())
 
     def _a_shape(self, x: AttnInput, a: Sizes, b: Sizes) -> Layout:
+        b = tuple(max(n, 1) for n in b)  # a row sees itself, whatever a profile says
         same = len(set(a)) == len(set(b)) == 1  # a number needs no copy to the device
         return Layout.static(
             x.shape,

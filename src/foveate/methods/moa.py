@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import profile as profiles
 from ..errors import ConfigError
-from ..layout import Layout
+from ..layout import Layout, Part, Parts
 from ..lists import compact, trim
+from ._cut import counted, mark
 from .base import AttnInput, Method, Selection, State, option, shared
 
 if TYPE_CHECKING:
@@ -61,23 +62,26 @@ class MoA(Method):
 
         return Spans(self, target)
 
-    def plan(self, x: AttnInput, state: State) -> Layout:
+    def plan(self, x: AttnInput, state: State) -> Layout | Parts:
         block = 128 if x.phase == "prefill" else 1
         window = self._windows(x, state, x.q.shape[1])
         if self.share == "group":
             window = window.unflatten(1, (x.groups, -1)).amax(2)
-        return Layout.static(
+        kv = counted(x, state, self) if x.phase == "decode" else None
+        layout = Layout.static(
             x.shape,
             sink=self.sink,
             window=window,
             block_q=block,
             q_offset=x.offset(block) if x.phase == "prefill" else 0,
-            q_pos=x.layout_pos(),
+            q_pos=x.layout_pos() if kv is None else None,
             device=x.device,
             validate=False,
         )
+        return layout if kv is None else Parts((Part(layout, kv=kv),))
 
     def compress(self, x: AttnInput, state: State) -> Selection:
+        mark(x, state, self)
         return self._reachable(x, state, None)  # there may be no query to count heads by
 
     def evict(self, x: AttnInput, state: State) -> Selection | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,13 +11,17 @@ from torch import Tensor
 
 from .. import profile as profiles
 from ..errors import ConfigError, UnsupportedError
+from ..kernels.dispatch import attend
 from ..kv import KV
 from ..layout import Layout, Part, Parts
-from ..scores.dual_chunk import Choice, Chunks, Lists, by_regions, cut, only, probes, ranges
+from ..scores import fused
+from ..scores.dual_chunk import AtOnce, Choice, Chunks, Lists, by_regions, cut, only, probes, ranges, side_by_side
 from ..scores.probes import factored, last_queries, vote
 from ..scores.rotation import moved
+from ..scores.turns import Turns
 from .base import AttnInput, Method, Rope, State, option, shared
 
+CHUNKS, TURNS = "qwen1m.chunks", "qwen1m.turns"
 TRIVIAL = 30  # the smallest published number of columns: no more than the sink, so 100 are added
 
 
@@ -60,6 +65,7 @@ class Qwen1M(Method):
     selection: ClassVar[str] = "prompt"
     source: ClassVar[str] = "Yang et al. 2025, arXiv 2501.15383"
     extends: ClassVar[bool] = True
+    apart: ClassVar[bool] = True  # a plan of a long prompt has three outputs
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "1m": {"chunk": 262144, "local": 8192, "original": 262144},
         "8k": {"threshold": 2048, "columns": 800, "diagonals": 100},
@@ -170,35 +176,71 @@ class Qwen1M(Method):
             both = []
             for name in ("columns", "diagonals"):
                 t = found.tensors.get(name)
-                if t is None or tuple(t.shape) != (x.layers, heads):
+                want = [x.layers, x.all_lists(heads)]
+                if t is None or list(t.shape) != want:
                     got = "nothing" if t is None else str(list(t.shape))
-                    raise ConfigError(f"qwen1m: profile expected {name} of shape {[x.layers, heads]}, got {got}")
-                both.append(t[x.layer].tolist())
+                    raise ConfigError(f"qwen1m: profile expected {name} of shape {want}, got {got}")
+                both.append(x.own_lists(t[x.layer]).tolist())
         columns = (max(n + 100 if n == TRIVIAL else n, self.sink) for n in both[0])
         return tuple(columns), tuple(max(n, self.near) for n in both[1])
 
     # ------------------------------------------------------------------ decode: one partial softmax per chunk of keys
+    def phase(self, step: int) -> str | None:
+        return "step"
+
     def _decode(self, x: AttnInput, state: State) -> Parts | None:
-        grid, (b, h, _, m) = self.grid, x.shape
+        grid, m = self.grid, x.kv.capacity
         moved_about = x.kv.pos is not None  # entries in no order of position, or fewer than were seen
         if not moved_about and m <= grid.exact and not self._warm(m):
             return None
-        rope, pos = _rope(x), x.positions()
         longest = m
         if moved_about:  # one look at the device per step, not per layer
+            if x.q.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise UnsupportedError("qwen1m: over a cache that drops entries each step asks the device for its length")
             if "qwen1m.longest" not in state.step:
-                state.step["qwen1m.longest"] = int(pos.max()) + 1
+                state.step["qwen1m.longest"] = int(x.positions().max()) + 1
             longest = state.step["qwen1m.longest"]
-        acc = torch.float64 if x.q.dtype == torch.float64 else torch.float32
-        plain = rope.unrotate((self._tempered(x) if self._warm(longest) else x.q).to(acc), pos)
-        whole = moved_about or (x.kv.kind == "paged" and grid.length % x.kv.k.shape[1] != 0)
+        q = self._tempered(x) if self._warm(longest) else x.q
+        joint = self._joint(x, q, state)
+        return Parts(self._by_chunk(x, q, longest)) if joint is None else AtOnce(lambda: self._by_chunk(x, q, m), joint)
+
+    def _by_chunk(self, x: AttnInput, q: Tensor, longest: int) -> tuple[Part, ...]:
+        grid, (b, h, _, m), rope, pos = self.grid, x.shape, _rope(x), x.positions()
+        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        plain = rope.unrotate(q.to(acc), pos)
+        whole = x.kv.pos is not None or (x.kv.kind == "paged" and grid.length % x.kv.k.shape[1] != 0)
         parts = []
         for number in range(-(-longest // grid.length)):
             lo, hi = number * grid.length, (number + 1) * grid.length
             kv = only(x.kv, lo, hi) if whole else cut(x.kv, lo, min(hi, m))
-            q = rope.rotate(plain, grid.towards(pos, number)).to(x.q.dtype)
-            parts.append(Part(Layout.dense(b, h, 1, kv.capacity, causal=False), q=q, kv=kv))
-        return Parts(tuple(parts))
+            query = rope.rotate(plain, grid.towards(pos, number)).to(q.dtype)
+            parts.append(Part(Layout.dense(b, h, 1, kv.capacity, causal=False), q=query, kv=kv))
+        return tuple(parts)
+
+    def _joint(self, x: AttnInput, q: Tensor, state: State) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """All chunks in one call of attention, as batch rows with a query each, where kernels turn queries and join results.
+
+        What the layers of a step share is made by the first: where its queries stand, and where its chunks lie.
+        """
+        rope, pos, kernels, turning = _rope(x), x.positions(), fused.chunks(q), fused.turns(q)
+        tracked = torch.is_grad_enabled() and (q.requires_grad or x.kv.requires_grad)
+        if kernels is None or turning is None or tracked or not getattr(rope, "steady", True):
+            return None
+        kv = side_by_side(x.kv, self.grid.length, pos, state.step.setdefault(CHUNKS, {}))
+        if kv is None or (turns := Turns.of(x, state.step, TURNS)) is None:
+            return None
+        (b, h, _, d), chunks = q.shape, kv.shape[0] // len(q)
+        there = f"{self.chunk} {self.local} {chunks}"
+        table = turns.to(there, lambda: self.grid.towards(pos, torch.arange(chunks, device=x.device)))
+
+        def joint(**how: Any) -> tuple[Tensor, Tensor]:
+            query = q.new_empty(b, h, chunks, d)
+            turning.turn(q.expand(-1, -1, chunks, -1), *table, turns.partner, query)
+            query = query.transpose(1, 2).reshape(b * chunks, h, 1, d)
+            out, lse = attend(query, kv, Layout.dense(b * chunks, h, 1, kv.capacity, causal=False), return_lse=True, **how)
+            return kernels.join_chunks(out.view(b, chunks * h, 1, -1), lse.view(b, -1, 1), chunks, h)  # type: ignore[no-any-return]
+
+        return joint
 
     # ------------------------------------------------------------------ temperature
     def _warm(self, length: int) -> bool:

@@ -142,7 +142,7 @@ class SeerAttention(Method):
         """Tiles int32 `[B, Hl, nq, T]` and counts from the gate's queries `[B, H, nq, D]` and keys `[B, G or H, nk, D]`."""
         (b, h, nq, d), nk = q.shape, k.shape[2]
         r, s, group = h // groups, k.shape[1] // groups, self.share == "group"
-        keep = self._keep(nk)
+        keep = self._keep(nk, first)
         tiles, counts = [], []
         for g0, g1 in pieces(groups, 8 * b * r * nq * nk, 8 * BUDGET):
             rows = []
@@ -163,12 +163,17 @@ class SeerAttention(Method):
             counts.append(torch.cat([c for _, c in rows], 2))
         return _joined(tiles, 1), torch.cat(counts, 1)
 
-    def _keep(self, nk: int) -> int | None:
-        """Blocks of a row, or None: the threshold decides. Rows that keep k of n blocks hold 1 - (1 - k / n)^2 of all."""
+    def _keep(self, nk: int, first: int) -> int | None:
+        """Blocks of a row, or None: the threshold decides.
+
+        The rows a..n that keep k >= a blocks leave out (n - k)^2 of n^2 - a^2 twice; where k < a every row keeps k.
+        """
         if self.budget is not None:
             return max(1, self.budget // self.block)
         if self.ratio is not None:
-            return max(1, int((1 - math.sqrt(1 - self.ratio)) * nk))
+            a = first / nk
+            share = 1 - math.sqrt((1 - self.ratio) * (1 - a * a))  # k / n
+            return max(1, int((share if share >= a else self.ratio * (1 + a) / 2) * nk))
         return None
 
 

@@ -129,7 +129,10 @@ CLEAR = 0.95  # of dense's time: one timed pass each cannot tell less from noise
 
 
 def summary(comparison: Comparison) -> str:
-    """One honest sentence: the rows that are clearly faster and still give dense's answer, or that there are none."""
+    """One honest sentence: the rows that are clearly faster and still give dense's answer, or that there are none.
+
+    Where other work took the cores during any of the timed passes, it names the smallest cache alone and says why.
+    """
     dense = comparison.dense
     good = [r for r in comparison.rows[1:] if r.error is None and r.answered == dense.answered and r.first_token]
     if dense.answered is False:
@@ -139,19 +142,19 @@ def summary(comparison: Comparison) -> str:
     first = min(good, key=lambda r: r.first_token or 0.0)
     decode = max(good, key=lambda r: r.tokens_per_second or 0.0)
     small = min(good, key=lambda r: r.kv_bytes or 0)
-    parts = []
-    if first.first_token and first.first_token <= CLEAR * dense.first_token:
+    busy, parts = comparison.busy, []
+    if not busy and first.first_token and first.first_token <= CLEAR * dense.first_token:
         parts.append(
             f"the earliest first token comes from {first.recipe} ({times(first.first_token, dense.first_token)} of dense)"
         )
-    if decode.tokens_per_second and CLEAR * decode.tokens_per_second >= dense.tokens_per_second:
+    if not busy and decode.tokens_per_second and CLEAR * decode.tokens_per_second >= dense.tokens_per_second:
         speed = times(decode.tokens_per_second, dense.tokens_per_second)
         parts.append(f"the fastest decode from {decode.recipe} ({speed} of dense)")
     if small.kv_bytes and dense.kv_bytes and small.kv_bytes < dense.kv_bytes:
         parts.append(f"the smallest cache from {small.recipe} ({times(small.kv_bytes, dense.kv_bytes)})")
     same = "that give the same answer" if dense.answered else "compared"
     if not parts:
-        return f"Of the recipes {same}, none is smaller than dense here, or faster by {1 - CLEAR:.0%} or more."
-    busy = any("other work was running" in note for row in comparison.rows for note in row.notes)
-    doubt = " Other work was running on this machine, so speeds mislead." if busy else ""
+        faster = "" if busy else f", or faster by {1 - CLEAR:.0%} or more"
+        parts.append(f"none is smaller than dense here{faster}")
+    doubt = " Other work was running on this machine, so no order of speed is certain." if busy else ""
     return f"Of the recipes {same}, {'; '.join(parts)}.{doubt}"

@@ -59,6 +59,10 @@ def print_checkup(report: Checkup) -> None:
     out.print(table)
     for line in report.advice:
         out.print(f"- {line}", highlight=False)
-    out.print(
-        "\nEverything that runs here computes correctly." if report.healthy else "\n[red]Something computes wrongly.[/red]"
-    )
+    if not report.tested:
+        verdict = "Nothing was computed: leave out --no-test to check it."
+    elif report.healthy:
+        verdict = "Everything that runs here computes correctly."
+    else:
+        verdict = "[red]Something computes wrongly.[/red]"
+    out.print(f"\n{verdict}")

@@ -61,7 +61,7 @@ class ChunkKeys:
     Attributes:
         size: tokens of a chunk. data: `[B, H, room, D]`. done: tokens covered by `add`. call: the last call it covered.
         recent: `[B, H, 2 size, D]`, queries rotated at their place in their chunk. at: int64 `[B, 2 size]`, their
-            positions, -1 for none. steps, gone: decode steps and tokens rolled back since `add`.
+            positions, -1 for none. steps, gone: decode steps and tokens rolled back since `add`. rolled: a rollback came.
     """
 
     def __init__(self, size: int):
@@ -71,6 +71,7 @@ class ChunkKeys:
         self.at: Tensor | None = None
         self.done = self.steps = self.gone = 0
         self.call: tuple[int, int] | None = None
+        self.rolled = False
 
     def add(self, x: AttnInput) -> None:
         """Cover a prefill call (one row of the batch); a second time for the same call does nothing."""
@@ -143,10 +144,15 @@ class ChunkKeys:
                 out.recent[i], out.at[i] = row.recent[0], row.at[0]
         return out
 
+    def outlived(self, rows: list[ChunkKeys | None]) -> bool:
+        """Whether a prompt came after a rollback of these keys of a batch: the steps behind it did not ask for them, below a
+        length gate, until now."""
+        return self.rolled and any(row is not None and row.call is not None for row in rows)
+
     # ------------------------------------------------------------------ with the cache
     def truncate(self, n: int) -> None:
         """Keys behind the new end are written again before they are read; queries may not be, so they are forgotten."""
-        self.call = None
+        self.call, self.rolled = None, True
         self.gone += n
         if self.done:  # of one row
             self._forget(self.done + self.steps - self.gone)

@@ -11,9 +11,10 @@ inter either the keys move (prefill: once for all rows) or the query does, once 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.nn.functional import pad
 
 from .. import lists
 from ..kv import KV
+from ..layout import Part, Parts
 from . import fused
 from .keys import BUDGET, GPU_BUDGET, pieces
 from .probes import Far, Probe, last_queries
@@ -61,8 +63,9 @@ class Chunks:
         """Where queries at `pos` stand for keys of the chunk before theirs that are rotated at true positions."""
         return torch.minimum(pos, (pos // self.length - 1) * self.length + self.size)
 
-    def towards(self, pos: Tensor, chunk: int) -> Tensor:
-        """Where queries at `pos` stand for the keys of chunk number `chunk` that are rotated at true positions."""
+    def towards(self, pos: Tensor, chunk: int | Tensor) -> Tensor:
+        """Where queries at `pos` stand for the keys of chunk number `chunk` that are rotated at true positions; of several
+        chunks, `[chunks]` and pos `[B, 1]`, `[B, chunks]`."""
         own = pos // self.length
         near = torch.where(own == chunk, pos, self.succ(pos))
         return torch.where(own > chunk + 1, chunk * self.length + self.inter, near)
@@ -97,6 +100,51 @@ def only(kv: KV, lo: int, hi: int) -> KV:
     pos = kv.positions()
     bias = torch.zeros(pos.shape, device=kv.device) if kv.bias is None else kv.bias
     return replace(kv, bias=bias.masked_fill((pos < lo) | (pos >= hi), float("-inf")))
+
+
+# ---------------------------------------------------------------------- all chunks of a decode step at once
+class AtOnce(Parts):
+    """Parts that one call computes together: `joint(scale=, softcap=, backend=)` gives (out, lse fp32) of all of them. The
+    parts themselves, which `make` gives, are made where something asks for them."""
+
+    def __init__(self, make: Callable[[], tuple[Part, ...]], joint: Callable[..., tuple[Tensor, Tensor]]):
+        for name, value in (("make", make), ("joint", joint), ("combine", "lse")):
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:  # type: ignore[override]
+        return self.make()  # type: ignore[attr-defined,no-any-return]
+
+
+def side_by_side(kv: KV, length: int, pos: Tensor, shared: dict[Any, Any]) -> KV | None:
+    """Chunks of `length` entries as batch rows of their own, `[B * chunks, G]`, nothing copied: a ragged view of dense
+    storage, whose last chunk may have no room to be whole. None where storage has no such view.
+
+    Args:
+        kv: the view of a decode step, in text order. pos: int64 `[B, 1]`, where its queries stand, the last entries.
+        shared: keeps offsets and lengths, which are those of all layers of a step.
+    """
+    if type(kv) is not KV or kv.kind != "dense" or kv.pos is not None or kv.bias is not None:
+        return None
+    (b, g, m), flat, steps = kv.shape[:3], [], set()
+    for t in (kv.k, kv.v):
+        wide = t.stride(2)
+        apart = [n if size > 1 else 0 for n, size in zip(t.stride()[:2], (b, g), strict=True)]
+        if t.stride(3) != 1 or wide < 1 or any(n % wide for n in apart):
+            return None
+        row, head = (n // wide for n in apart)
+        flat.append(t.as_strided(((b - 1) * row + (g - 1) * head + m, t.shape[3]), (wide, 1)))
+        steps.add((row, head))
+    if len(steps) > 1:
+        return None
+    if (key := (b, g, m, length, kv.device, *steps)) not in shared:
+        (row, head), device = steps.pop(), kv.device
+        first = torch.arange(-(-m // length), device=device)[:, None] * length  # [chunks, 1]
+        begin = torch.arange(b, device=device)[:, None, None] * row + torch.arange(g, device=device) * head
+        have = (pos[..., None] + 1 - first).clamp(0, length).to(torch.int32)  # [B, chunks, 1]
+        shared[key] = (begin + first).flatten(0, 1), have.expand(-1, -1, g).flatten(0, 1).contiguous()
+    offsets, have = shared[key]
+    return KV.ragged(flat[0], flat[1], offsets, have, min(length, m))
 
 
 # ---------------------------------------------------------------------- the probes of chunks of queries

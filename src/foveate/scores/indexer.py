@@ -269,7 +269,9 @@ class IndexKeys:
 
     # ------------------------------------------------------------------ with the cache
     def truncate(self, n: int) -> None:
-        self.done = max(0, self.done - n)
+        """Numbers of steps begin anew after a call of several tokens, and steps within the budget ask for nothing: one that
+        seems to follow the last one need not."""
+        self.done, self.step = max(0, self.done - n), None
 
     def fork(self) -> IndexKeys:
         out = IndexKeys()

@@ -46,8 +46,8 @@ def buckets(x: Tensor, planes: Tensor) -> Tensor:
 class Squares:
     """S squares of nq queries and nk keys in which every query may see every key, as sorted blocks and sampled keys.
 
-    Sorted query i is in block i // rows and sees the sorted keys of that block, keys [block * width, block * width +
-    width). Beside them it sees those of its samples that lie in no such block: each stands for nk / m keys.
+    Sorted query i is in block i // rows and sees the sorted keys of the block of `width` keys at the same share of their
+    order (`met`). Beside them it sees those of its samples that lie in no such block: each stands for nk / m keys.
 
     Attributes:
         queries: int64 `[S, H, nq]`, keys: int64 `[S, G, nk]`: numbers within the square, in the order of their buckets.
@@ -66,10 +66,19 @@ class Squares:
         """Blocks that hold queries."""
         return -(-self.queries.shape[-1] // self.rows)
 
+    @property
+    def met(self) -> Tensor:
+        """int64 `[blocks]`: the block of keys that each block of queries sees, the one round the same share of the order.
+
+        Where blocks of queries have few rows, both sides differ in how many there are, and equal numbers are other buckets.
+        """
+        nq, nk = self.queries.shape[-1], self.keys.shape[-1]
+        centre = (2 * torch.arange(self.blocks, device=self.keys.device) + 1) * self.rows * nk // (2 * nq)
+        return (centre // self.width).clamp(max=(nk - 1) // self.width)
+
     def others(self) -> tuple[Tensor, Tensor]:
         """Per block of queries the samples outside of its keys: int32 `[S, H, blocks, m]` ascending, counts."""
-        block = torch.arange(self.blocks, device=self.samples.device)
-        return compact((self.samples // self.width)[:, :, None] != block[:, None])
+        return compact((self.samples // self.width)[:, :, None] != self.met[:, None])
 
     def sampled(self) -> Tensor:
         """int64 `[S, H, m]`: the numbers of the sampled keys within the square."""
@@ -78,7 +87,7 @@ class Squares:
     def to_mask(self) -> Tensor:
         """bool `[S, H, nq, nk]`: the pairs of blocks and samples, by their numbers within the square. For tests."""
         (s, h, nq), nk, device = self.queries.shape, self.keys.shape[2], self.keys.device
-        block = torch.arange(nq, device=device)[:, None] // self.rows
+        block = self.met[torch.arange(nq, device=device)[:, None] // self.rows]
         named = (torch.arange(nk, device=device) // self.width == block).repeat(s, h, 1, 1)
         named.scatter_(-1, self.samples[:, :, None].expand(-1, -1, nq, -1), True)
         keys = repeat_heads(self.keys, h)[:, :, None].expand(named.shape)
@@ -89,8 +98,8 @@ class Squares:
 def pair_up(queries: Tensor, keys: Tensor, width: int, samples: int, gen: torch.Generator) -> Squares:
     """Sort the buckets of queries `[S, H, nq]` and keys `[S, G, nk]`, stably, and draw the samples.
 
-    Keys are cut into blocks of `width`; a query block has as many rows as makes both sides have the same number of
-    blocks, which is `width` where nq == nk. With one block nothing is left to sample.
+    Keys are cut into blocks of `width`; a query block has as many rows as makes both sides have about the same number of
+    blocks, which is `width` where nq == nk. With one block of keys nothing is left to sample.
     """
     (s, h, nq), nk = queries.shape, keys.shape[-1]
     drawn = torch.randint(nk, (s, h, samples if nk > width else 0), generator=gen).to(queries.device)

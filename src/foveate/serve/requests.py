@@ -33,7 +33,8 @@ def wrong(body: dict[str, Any], vocabulary: int) -> str | None:
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and (not whole or value % 1 == 0)
         if not number or not low <= value <= high:
-            return f"{key}: expected a {'whole ' if whole else ''}number from {low:g} to {high:g}, got {_shown(value)}"
+            kind = "whole number" if whole else "number"
+            return f"{key}: expected a {kind} from {_number(low)} to {_number(high)}, got {_shown(value)}"
     for key in OBJECTS:
         if not isinstance(body.get(key, {}), (dict, type(None))):
             return f"{key}: expected an object, got {_shown(body[key])}"
@@ -99,3 +100,8 @@ def _texts(found: Any) -> bool:
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _number(value: float) -> str:
+    """Whole numbers digit by digit: "2147483648" and not "2.14748e+09"."""
+    return str(value) if isinstance(value, int) else f"{value:g}"

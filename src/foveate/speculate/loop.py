@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,12 +23,21 @@ KNOWN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logi
 @dataclass
 class Stats:
     """What a generation did. `accepted` counts drafted tokens that stood, of `drafted`; `emitted` tokens came of
-    `cycles` verifications, over all rows of a batch."""
+    `cycles` verifications, over all rows of a batch. `stood` lists the cycles: (tokens drafted a row, how many of them
+    stood in every row). Also what stands behind an end token counts, but is not emitted."""
 
     cycles: int = 0
     drafted: int = 0
     accepted: int = 0
     emitted: int = 0
+    stood: list[tuple[int, int]] = field(default_factory=list)
+
+    def cycle(self, drafted: int, stood: int, rows: int) -> None:
+        """Count a cycle of `rows` rows. Called once the host knows what stands, so a subclass may take the time here."""
+        self.cycles += 1
+        self.drafted += drafted * rows
+        self.accepted += stood * rows
+        self.stood.append((drafted, stood))
 
     @property
     def rate(self) -> float:
@@ -73,7 +82,7 @@ def generate(
         kwargs |= {k: v for k, v in given.items() if v is not None}
         return model.generate(input_ids, custom_generate=generate, **kwargs)  # type: ignore[no-any-return]
     recipe = handle_of(model).recipe
-    loop = Loop(model, logits_processor, generation_config, _length(recipe, draft), stats or Stats())
+    loop = Loop(model, logits_processor, generation_config, _length(recipe, draft), Stats() if stats is None else stats)
     _check(recipe, generation_config, kwargs)
     ids, cache = loop.run(input_ids, stopping_criteria, kwargs.get("past_key_values"), kwargs.get("attention_mask"))
     if generation_config.return_dict_in_generate:
@@ -166,9 +175,7 @@ class Loop:
         else:
             accepted, tokens = match(guess, target.argmax(-1))
         least, rows = torch.stack([torch.where(alive, accepted, k).min(), alive.sum()]).tolist()  # one look at the device
-        self.stats.cycles += 1
-        self.stats.drafted += k * rows
-        self.stats.accepted += least * rows
+        self.stats.cycle(k, least, rows)
         return tokens[:, : least + 1]
 
     def _append(self, ids: Tensor, tokens: Tensor, alive: Tensor, stop: StoppingCriteriaList) -> tuple[Tensor, Tensor, bool]:

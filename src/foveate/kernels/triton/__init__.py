@@ -16,14 +16,13 @@ import os
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ...kv import KV
 from ...layout import RULE_FIELDS, Layout
 from ..base import Want
 from . import dense_decode_launch, paging_launch, tokens, walk, walk_lists
-from .config import config, device, rows_limit
+from .config import config, device, power_of_2, rows_limit
 
 NAME = "triton"
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read when the kernels were decorated, as Triton does
@@ -42,7 +41,7 @@ def supports(q: Tensor, kv: KV, layout: Layout, want: Want) -> str | None:
     if q.dtype == torch.bfloat16:
         if INTERPRET:
             return "Triton's interpreter computes bf16 wrongly"
-        if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        if not paging_launch.has_bf16(q.device.index):
             return "bf16 needs compute capability 8.0"
     if max(kv.shape[3:]) > HEAD_DIM:
         return f"head dims up to {HEAD_DIM}, not {max(kv.shape[3:])}"
@@ -69,15 +68,15 @@ def forward(
     if tokens.serves(q, kv, layout, softcap):
         return *tokens.attend(q, kv, layout, scale, want.lse), None
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, kv.k, kv.v))
-    d_pad, dv_pad = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
+    d_pad, dv_pad = (max(16, power_of_2(x)) for x in (d, dv))
     shared, cores = device(q.device.index if q.device.type == "cuda" else None)
 
     # A grid of blocks only matters to lists; without them blocks are as the kernel likes them.
     limit = rows_limit(shared, max(d_pad, dv_pad), q.element_size())
     block, q_offset = (layout.block_q, layout.q_offset) if layout.has_lists else (limit, 0)
-    rows = min(limit, triton.next_power_of_2(min(block, n + q_offset)))
+    rows = min(limit, power_of_2(min(block, n + q_offset)))
     pack = _pack(layout, h, g, rows, limit)
-    tile = max(16, rows * triton.next_power_of_2(pack))
+    tile = max(16, rows * power_of_2(pack))
     parts = -(-min(block, n + q_offset) // rows)
     blocks = -(-(n + q_offset) // block)
     programs = blocks * parts * b * (h // pack)
@@ -128,7 +127,7 @@ def forward(
         walk.attend[(here * parts, b * (h // pack), splits)](**args)
     if splits > 1:
         walk.reduce_splits[(b * h * n,)](
-            part, part_lse, out, lse, splits, triton.next_power_of_2(splits), dv, dv_pad, want.lse, num_warps=4
+            part, part_lse, out, lse, splits, power_of_2(splits), dv, dv_pad, want.lse, num_warps=4
         )
     return out, lse, None
 
@@ -149,7 +148,7 @@ def _strides(name: str, kind: str, t: Tensor) -> dict[str, int]:
 
 
 def _chunk(width: int) -> int:
-    return min(1024, max(16, triton.next_power_of_2(width)))
+    return min(1024, max(16, power_of_2(width)))
 
 
 def _list(layout: Layout, name: str, h: int, blocks: int) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def _pack(layout: Layout, h: int, g: int, rows: int, limit: int) -> int:
         if t is not None and g % t.shape[1]:
             return 1
     group = h // g
-    fits = [p for p in range(1, group + 1) if group % p == 0 and rows * triton.next_power_of_2(p) <= max(16, limit)]
+    fits = [p for p in range(1, group + 1) if group % p == 0 and rows * power_of_2(p) <= max(16, limit)]
     return max(fits, default=1)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .walk import _read
+from .steps import _read
 
 
 @triton.jit

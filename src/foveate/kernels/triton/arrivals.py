@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .walk import FLOOR, LN2
+from .steps import FLOOR, LN2
 
 POOL = 1 << 18  # counters for captured launches, made at once: 1 MiB
 APART = 32  # counters of two launches lie this far apart: a line of the L2 cache

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .arrivals import gather, leave, merge, put
-from .walk import BIG, FLOOR, LN2, _fold, _logits, _product, _read
+from .steps import BIG, FLOOR, LN2, _fold, _logits, _product, _read
 
 
 @triton.jit

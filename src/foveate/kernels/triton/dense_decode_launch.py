@@ -6,13 +6,12 @@ import functools
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from ...kv import KV
 from ...layout import Layout
 from . import arrivals, dense_decode
-from .config import device
+from .config import device, power_of_2
 from .paging_launch import _pad, _tight, usable
 
 SHARE, STAGES, WARPS = 2, 4, 4  # programs a multiprocessor; of a program: stages (one less is held at once), warps
@@ -84,9 +83,9 @@ def attend(q: Tensor, kv: KV, layout: Layout, scale: float, softcap: float, want
     ragged = kv.kind == "ragged"
     k_s, v_s = ((0, 0, t.stride(-2)) if ragged else t.stride()[:3] for t in (k, v))
     q_s, qp_s = q.stride()[:3], (0, 0) if q_pos is None else q_pos.stride()
-    pack, length, pos = triton.next_power_of_2(queries), _tight(kv.len), _tight(kv.pos)
+    pack, length, pos = power_of_2(queries), _tight(kv.len), _tight(kv.pos)
     same = dict(
-        KEYS=keys, ROWS_PAD=max(32, triton.next_power_of_2(b * g)), NEW=n, PACK=queries, DV=dv, DV_PAD=_pad(dv),
+        KEYS=keys, ROWS_PAD=max(32, power_of_2(b * g)), NEW=n, PACK=queries, DV=dv, DV_PAD=_pad(dv),
         CAUSAL=layout.causal, LSE=want_lse,
     )  # fmt: skip
     dense_decode.attend_dense[(programs,)](

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .walk import FLOOR, LN2, _logits, _product, _read
+from .steps import FLOOR, LN2, _logits, _product, _read
 
 BIG = tl.constexpr(1e30)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken off again it rounds to the nearest even integer

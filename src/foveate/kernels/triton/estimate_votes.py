@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .walk import FLOOR, _read
+from .steps import FLOOR, _read
 
 
 @triton.jit

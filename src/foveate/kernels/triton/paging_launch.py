@@ -7,14 +7,15 @@ import math
 import os
 
 import torch
-import triton
 from torch import Tensor
 
 from ...kv import KV
 from ...layout import Layout
+from ..relaunch import Arguments
+from ..relaunch import launch as again
 from . import append as append_kernel
 from . import arrivals, paging
-from .config import config, device
+from .config import config, device, power_of_2
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read when the kernels were decorated, as Triton does
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,17 +32,18 @@ def usable(t: Tensor) -> bool:
         return False
     if t.device.type != "cuda":
         return INTERPRET and t.dtype != torch.bfloat16  # Triton's interpreter computes bf16 wrongly
-    return t.dtype != torch.bfloat16 or _has_bf16(t.device.index)
+    return t.dtype != torch.bfloat16 or has_bf16(t.device.index)
 
 
 @functools.cache
-def _has_bf16(index: int | None) -> bool:
+def has_bf16(index: int | None) -> bool:
+    """Whether this CUDA device multiplies bf16; asked once, since torch takes microseconds to answer."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 @functools.cache
 def _pad(d: int) -> int:
-    return max(16, triton.next_power_of_2(d))
+    return max(16, power_of_2(d))
 
 
 # ---------------------------------------------------------------------- a token, page bounds
@@ -70,7 +72,7 @@ def append(
         new_k, new_v, k, v, now, seen, said, data, covered,
         g, new_k.stride(0), new_k.stride(1), new_v.stride(0), new_v.stride(1),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), 0 if data is None else data.shape[2],
-        WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), D=d, D_PAD=_pad(d), DV=dv, DV_PAD=_pad(dv), num_warps=4,
+        WIDTH=width, WIDTH_PAD=power_of_2(width), D=d, D_PAD=_pad(d), DV=dv, DV_PAD=_pad(dv), num_warps=4,
     )  # fmt: skip
     return said
 
@@ -91,7 +93,7 @@ def update(kv: KV, data: Tensor, width: int, covered: Tensor | int) -> None:
     paging.update_bounds[(b * g,)](
         k, _tight(kv.table), covered if here else None, _tight(kv.len) if here else None, data, 0 if here else covered, m,
         g, s0, sg, sm, per, data.shape[2],
-        PAGE=page, WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), D=d, D_PAD=_pad(d), num_warps=4,
+        PAGE=page, WIDTH=width, WIDTH_PAD=power_of_2(width), D=d, D_PAD=_pad(d), num_warps=4,
     )  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def select(scores: Tensor, keep: int, width: int, length: Tensor | None) -> tupl
     keep = min(keep, pages)
     tiles = torch.empty(b, heads, keep, dtype=torch.int32, device=scores.device)
     count = torch.empty(b, heads, dtype=torch.int32, device=scores.device)
-    chunk = min(CHUNK, max(256, triton.next_power_of_2(pages)))
+    chunk = min(CHUNK, max(256, power_of_2(pages)))
     each = 1 if length is None else heads // length.shape[1]
     paging.select_pages[(b * heads,)](
         scores, _tight(length), tiles, count, pages, keep, each,
@@ -201,25 +203,24 @@ def attend(q: Tensor, kv: KV, layout: Layout, scale: float, want_lse: bool) -> t
     if splits > 1:
         part = torch.empty(b * h * splits * (dv + 1), dtype=torch.float32, device=q.device)
         part_lse, arrived = part[b * h * splits * dv :], arrivals.counters(rows, part)
-    power = triton.next_power_of_2(pack)
+    power = power_of_2(pack)
     tensors = (q, k, v, out, lse, part, part_lse, arrived, *(_tight(t) for t in (tiles, count, kv.len, kv.table)))
-    log2, own = max(scale, 1e-30) * math.log2(math.e), lists if tiles.shape[0] > 1 else 0
-    strides = (q.stride(0), q.stride(1), k_s0, k_sg, k_sm, v_s0, v_sg, v_sm, per)
-    same = dict(
-        KEYS=keys, PACK=pack, PACK_PAD=power, TILE=tile, PAGE=page, D=d, D_PAD=_pad(d), DV=dv, DV_PAD=_pad(dv),
-        FP32=q.dtype == torch.float32, LSE=want_lse, num_warps=warps,
-    )  # fmt: skip
-    chunk = arrivals.chunk(power, _pad(dv), warps)
-    if width == 1:  # of whose programs two or three run on a multiprocessor: there is room for twice as many words
-        paging.attend_entries[(splits, rows)](
-            *tensors, log2, m, splits, units, g, lists, own, n, *strides,
-            SHARED=splits > 1, CHUNK=min(32, 2 * chunk), STAGES=stages, num_stages=stages, **same,
+
+    def build() -> Arguments:
+        log2, own = max(scale, 1e-30) * math.log2(math.e), lists if tiles.shape[0] > 1 else 0
+        sizes = (units, g, lists, own, n, q.stride(0), q.stride(1), k_s0, k_sg, k_sm, v_s0, v_sg, v_sm, per)
+        chunk = arrivals.chunk(power, _pad(dv), warps)
+        same = dict(
+            KEYS=keys, PACK=pack, PACK_PAD=power, TILE=tile, PAGE=page, D=d, D_PAD=_pad(d), DV=dv, DV_PAD=_pad(dv),
+            FP32=q.dtype == torch.float32, LSE=want_lse, STAGES=stages, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    else:
-        paging.attend_tiles[(splits, rows)](
-            *tensors, log2, m, units, g, lists, own, n, *strides,
-            WIDTH=width, SPLITS=splits, CHUNK=chunk, STAGES=stages, num_stages=stages, **same,
-        )  # fmt: skip
+        if width == 1:  # of whose programs two or three run on a multiprocessor: there is room for twice as many words
+            options = dict(SHARED=splits > 1, CHUNK=min(32, 2 * chunk), **same)
+            return (splits, rows), [*tensors, log2, m, splits, *sizes], options
+        return (splits, rows), [*tensors, log2, m, *sizes], dict(WIDTH=width, SPLITS=splits, CHUNK=chunk, **same)
+
+    kernel = paging.attend_entries if width == 1 else paging.attend_tiles
+    again(kernel, tensors, (scale, m, g, width, page, splits, keys, warps, stages), build)
     return out, lse
 
 
@@ -230,7 +231,7 @@ def _entries_plan(index: int | None, rows: int, n: int, d: int, dv: int, size: i
     shared, cores = device(index)
     wide = max(_pad(d), _pad(dv))
     keys, stages = (ENTRIES if wide <= 128 else ENTRIES // 2) // (1 + (size == 4)), ENTRY_STAGES
-    keys = max(16, min(keys, triton.next_power_of_2(n)))
+    keys = max(16, min(keys, power_of_2(n)))
     while (2 * keys * (stages - 1) + 16) * wide * size > 0.9 * shared and (stages > 2 or keys > 16):
         keys, stages = (keys, stages - 1) if stages > 2 else (keys // 2, stages)
     steps = -(-n // keys)

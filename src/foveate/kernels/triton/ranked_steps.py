@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .arrivals import leave, merge
-from .walk import FLOOR, LN2, _fold, _logits, _product, _read
+from .steps import FLOOR, LN2, _fold, _logits, _product, _read
 
 
 @triton.jit

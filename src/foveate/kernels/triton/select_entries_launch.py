@@ -13,7 +13,7 @@ from . import select_entries as kernels
 from . import select_entries_listed as listed
 from . import select_entries_long as long
 from .config import device
-from .paging_launch import INTERPRET, _has_bf16
+from .paging_launch import INTERPRET, has_bf16
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int32)
 ONE = 8192  # entries of a row that one program takes
@@ -31,7 +31,7 @@ def usable(t: Tensor) -> bool:
         return False
     if t.device.type != "cuda":
         return INTERPRET and t.dtype != torch.bfloat16
-    return t.dtype != torch.bfloat16 or _has_bf16(t.device.index)
+    return t.dtype != torch.bfloat16 or has_bf16(t.device.index)
 
 
 def best_entries(

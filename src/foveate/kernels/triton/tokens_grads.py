@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from .backward_kernels import BITS, MASK, _dot, _reach
+from .steps import BIG, LOG2E
 from .tokens_bits import BITS as WORD_BITS
 from .tokens_bits import MASK as WORD_MASK
 from .tokens_kernels import _ends
-from .walk import BIG, LOG2E
 
 
 @triton.jit

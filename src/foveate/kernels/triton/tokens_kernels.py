@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .steps import BIG, FLOOR, LN2, _product
 from .tokens_bits import BITS, MASK
-from .walk import BIG, FLOOR, LN2, _product
 
 
 @triton.jit
