@@ -4,15 +4,19 @@ racecheck watches shared memory. Loads and stores of TMA tiles and operands of w
 the Gluon kernels are words, positions and sums that producers leave for consumers by plain stores. Their order is lanes ->
 barrier of the partition -> arrive of one lane -> wait, an "indirect barrier dependency": followed by default since version
 2024.4 of the tool, with an option since 2023.3, before not at all, and versions up to 2025.4 list false positives about
-mbarriers among what they repaired. So two cases calibrate a run (`sanitize_run.py`): a race, which must be found, and the
-same memory handed over in that way. If the second is reported, reports about the kinds in `KNOWN` are the tool's; if not,
-they are ours. `tests/test_gluon_words.py` checks the order of what is handed over, of every kernel, in its PTX.
+mbarriers among what they repaired. Triton's own lowering of `gl.warp_specialize` passes through shared memory, too: which
+partition each worker warp runs, and what that captured, with barriers of the whole CTA before, between and after.
+
+So three cases calibrate a run (`sanitize_run.py`): a race, which must be found, the same memory handed over by words, and
+partitions that only start and write each its own place. If one of the last two is reported, reports of the kinds that it
+stands for (`control`) are the tool's; if not, they are ours. In PTX `tests/test_gluon_words.py` checks the order of what
+the kernels hand over, `tests/test_sanitize_run.py` that of what Triton does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -24,20 +28,31 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
+try:
+    from foveate.kernels.gluon.shim import gl, gluon
+except ImportError:
+    gluon = None
 
 GLUON = Path(__file__).resolve().parent.parent / "src/foveate/kernels/gluon"
+HANDED, STARTED = "handed over", "partitions"  # the cases whose reports are the tool's
 BARRIERS = 64  # mbarriers of a CTA to follow: `keys_kernel` and `private_kernel` have up to 28
 
 # What a line of source in kernels/gluon touches -> why a report about two such lines is none of ours.
-HANDED = "stored by a partition's lanes, handed over by one arrive behind their barrier, read behind a wait"
+ORDERED = "stored by a partition's lanes, handed over by one arrive behind their barrier, read behind a wait"
 KNOWN = {
-    "words": (re.compile(r"\b(tile_words|step_words|words)\.index\("), HANDED),
-    "places": (re.compile(r"\bplaces\.index\("), HANDED),
-    "sums": (re.compile(r"\bsums\.index\("), HANDED),
-    "low-bit numbers": (re.compile(r"\b(extras|units)\.index\("), HANDED),
-    "exchanged halves": (re.compile(r"\bspare\.(load|store)\("), HANDED),
+    "words": (re.compile(r"\b(tile_words|step_words|words)\.index\("), ORDERED),
+    "places": (re.compile(r"\bplaces\.index\("), ORDERED),
+    "sums": (re.compile(r"\bsums\.index\("), ORDERED),
+    "low-bit numbers": (re.compile(r"\b(extras|units)\.index\("), ORDERED),
+    "exchanged halves": (re.compile(r"\bspare\.(load|store)\("), ORDERED),
     "cleaned keys": (re.compile(r"\bk_buf\.(load|store)\("), "both consumers write the same values where either may read"),
 }
+CAPTURES = "captures of warp_specialize"  # recognised by `_starts`
+
+
+def control(kind: str) -> str | None:
+    """The case that must be reported, too, if reports of a kind are to be the tool's; None: they stand by themselves."""
+    return {"cleaned keys": None, CAPTURES: STARTED}.get(kind, HANDED)
 
 
 class Access(NamedTuple):
@@ -48,11 +63,13 @@ class Access(NamedTuple):
     where: str
 
     def kind(self) -> str | None:
-        """The kind of shared memory in `KNOWN` that the line of source touches."""
+        """The kind of shared memory that the line of source touches: `CAPTURES`, or one in `KNOWN`."""
         name, _, line = self.where.partition(":")
         text = _lines(name)
         if not line.isdigit() or not 0 < int(line) <= len(text):
             return None
+        if int(line) in _starts(name, self.kernel):
+            return CAPTURES
         return next((kind for kind, (pattern, _) in KNOWN.items() if pattern.search(text[int(line) - 1])), None)
 
 
@@ -66,11 +83,12 @@ class Race(NamedTuple):
     def kind(self) -> str | None:
         """The kind of memory if the report is known, else None: two sides of one kind, one of them a read.
 
-        Two writes of words would be two producers, which there are not; keys are cleaned by both consumers.
+        Two writes of words would be two producers, which there are not; keys are cleaned by both consumers, and every warp
+        that starts the partitions stores the same numbers.
         """
         kind = self.first.kind()
         reads = "Read" in (self.first.how, self.second.how)
-        return kind if kind == self.second.kind() and (reads or kind == "cleaned keys") else None
+        return kind if kind == self.second.kind() and (reads or kind in ("cleaned keys", CAPTURES)) else None
 
     def __str__(self) -> str:
         return (
@@ -81,8 +99,21 @@ class Race(NamedTuple):
 
 @lru_cache
 def _lines(name: str) -> list[str]:
-    path = GLUON / Path(name).name
+    own, path = Path(__file__), GLUON / Path(name).name  # the control's lines are here
+    path = own if path.name == own.name else path
     return path.read_text().splitlines() if path.is_file() else []
+
+
+@lru_cache
+def _starts(name: str, kernel: str) -> frozenset[int]:
+    """The lines Triton gives to what it lowers `gl.warp_specialize` to: a kernel's `def` and that call; none without one."""
+    head = 0
+    for i, line in enumerate(_lines(name), 1):
+        if re.match(r"\s*def ", line):
+            head = i if re.match(rf"\s*def {re.escape(kernel)}\(", line) else 0
+        elif head and line.lstrip().startswith("gl.warp_specialize("):
+            return frozenset((head, i))
+    return frozenset()
 
 
 # ---------------------------------------------------------------------- the reports
@@ -135,10 +166,18 @@ def grouped(races: Sequence[Race]) -> tuple[dict[tuple[str, str], int], list[Rac
     return known, unknown
 
 
-def excused(kinds: Sequence[str], control: str) -> bool:
-    """Whether reports of known kinds may stand. control: the state of the case `handed`; if that is clean, the tool follows
-    what orders the others, too, and they need another explanation."""
-    return control != "clean" or set(kinds) <= {"cleaned keys"}
+def listed(races: Sequence[Race]) -> list[str]:
+    """A line for each pair of accesses: reports of several launches of a kernel, and of its variants, are one."""
+    pairs: dict[tuple[Access, Access], list[int]] = {}
+    for race in races:
+        pairs.setdefault((race.first, race.second), []).append(race.hazards)
+    return [f"{Race(*pair, sum(n))}, {len(n)} reports" for pair, n in pairs.items()]
+
+
+def unexcused(kinds: Sequence[str], reported: Collection[str]) -> list[str]:
+    """Those of the known kinds whose reports may not stand. reported: which of `HANDED` and `STARTED` were reported; where
+    one was not, the tool follows what orders it, and reports of what is ordered in the same way need another explanation."""
+    return [kind for kind in kinds if control(kind) not in (None, *reported)]
 
 
 # ---------------------------------------------------------------------- cases that calibrate a run
@@ -232,3 +271,29 @@ def handed(device: str) -> None:
     x = torch.zeros(64, dtype=torch.int32, device=device)
     _handed[(1,)](x, num_warps=2)
     assert x.tolist() == [0] * 32 + [28] * 32, "a hand-over lost a word"
+
+
+if gluon is not None:
+
+    @gluon.jit
+    def _write(x, at, value, WARPS: gl.constexpr):
+        i = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        gl.store(x + at + i, i * 0 + value)
+
+    @gluon.jit
+    def _started(x, given):
+        """Partitions of 4, 4 and 1 warps, each with a place of its own in x; what they write is loaded before they start."""
+        at = gl.program_id(0) * 288
+        value = gl.load(given + gl.program_id(0))
+        gl.warp_specialize(
+            [(_write, (x, at, value, 4)), (_write, (x, at + 128, value, 4)), (_write, (x, at + 256, value, 1))],
+            [4, 1],
+            [232, 40],
+        )
+
+
+def started(device: str) -> None:
+    """What racecheck reports only if it does not follow the start of partitions; also checks that each got its value."""
+    x, given = torch.zeros(4, 288, dtype=torch.int32, device=device), torch.arange(1, 5, dtype=torch.int32, device=device)
+    _started[(4,)](x, given, num_warps=4, maxnreg=168)
+    assert bool((x == given[:, None]).all()), "a partition wrote another value than it was given"

@@ -27,7 +27,8 @@ from foveate.methods.base import AttnInput, State  # noqa: E402
 from foveate.registry import parse  # noqa: E402
 
 SKIPPED = 77  # exit code of a case that cannot run here
-PLANTED, RACED, HANDED = "planted", "raced", "handed over"
+PLANTED, RACED = "planted", "raced"
+HANDED, STARTED = racecheck.HANDED, racecheck.STARTED
 N = 200  # tokens: no multiple of a block
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
@@ -249,6 +250,7 @@ CASES: dict[str, Callable[[], None]] = {
     PLANTED: planted,
     RACED: lambda: calibrate(racecheck.raced),
     HANDED: lambda: calibrate(racecheck.handed),
+    STARTED: lambda: calibrate(racecheck.started),
     "gluon lists": gluon_lists,
     "gluon private": gluon_private,
     "gluon backward": gluon_backward,

@@ -120,7 +120,10 @@ def contents(found: dict[str, dict[str, Any]]) -> str:
 # Tables that say what matters before the rows: by file, or by kind of benchmark; each with what it shows.
 KERNELS = "32 query and 8 kv heads, D 128, bf16, causal; TFLOP/s over kept pairs:"
 SHORT: dict[str, list[tuple[str, Callable[[dict[str, Any]], str]]]] = {
-    "h100_blocks_fa4": [(f"Block lists, blocks of 128 queries, {KERNELS}", tables.blocks_table)],
+    **{
+        stem: [(f"Block lists, blocks of 128 queries, {KERNELS}", tables.blocks_table)]
+        for stem in ("h100_blocks", "h100_blocks_fa4", "h200_blocks_fa4")
+    },
     "h100_columns": [
         (f"Tiles and single keys, 96 tiles of 64 and 900 keys for each block of queries, {KERNELS}", tables.columns_table)
     ],

@@ -27,6 +27,7 @@ CASES = [
 ]
 ODD = ((4, 4, 8, 16), 24, 40, 2)  # channels of a byte's parts that are no powers of two, on both sides
 ROWS = [(150, 150), (130, 70)]
+FOLDS = (130, 190)  # the second row turns 8 to 64 keys into codes within a few steps
 
 
 def store_of(rule, d, dv, rows, dtype, device, evicted=False, seed=0):

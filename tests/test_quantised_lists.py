@@ -37,7 +37,7 @@ if not INTERPRETED:
     @pytest.mark.parametrize("case", [0, 2, 4])
     @pytest.mark.parametrize("page", [16, 12])
     def test_bounds(case, page):
-        cases.check_bounds(cases.CASES[case], cases.ROWS[1], torch.float32, "cpu", page)
+        cases.check_bounds(cases.CASES[case], cases.FOLDS, torch.float32, "cpu", page)
 
     def test_reasons(monkeypatch):
         """What it does not take it says, and another backend computes it on a dense copy."""
@@ -117,7 +117,9 @@ if not INTERPRETED:
         assert re.search(r"cp\.async\.c[ag]\.shared\.global", kernel.asm["ptx"])  # ahead of their use
         with hopper(monkeypatch, tmp_path, quantised_append, "bounds_of_codes") as built:
             for page in (16, 64):
-                quantised_append.update(kv, torch.zeros(2, 2, 50, 256, dtype=torch.bfloat16), page, kv.len.clone())
+                quantised_append.update(
+                    kv, torch.zeros(2, 2, 50, 256, dtype=torch.bfloat16), page, kv.len.clone(), kv.len.clone()
+                )
         for _, _, usage in built:
             assert usage["STACK"] == 0, usage
 
@@ -141,5 +143,5 @@ else:
     def test_bounds(case, page, monkeypatch):
         ran, real = [], quantised_append.update
         monkeypatch.setattr(quantised_append, "update", lambda *a: ran.append(1) or real(*a))
-        cases.check_bounds(cases.CASES[case], cases.ROWS[1], torch.float32, "cpu", page)
+        cases.check_bounds(cases.CASES[case], cases.FOLDS, torch.float32, "cpu", page)
         assert len(ran) == 4

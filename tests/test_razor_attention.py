@@ -204,7 +204,7 @@ def test_memory_falls():
     for i in range(8192, 8393):
         drive(*(t[:, :, i : i + 1] for t in (q, k, v)))
         if i in (8192, 8392):
-            store, local = drive.cache.store, 4 + 2040 + (i - 8191) % 64
+            store, local = drive.cache.store, 4 + 2040 + (i - 8191) % drive.recipe.cache.slack
             assert store.lens == [[local, i + 1, local]]
             assert store.k.shape[0] - sum(store.lens[0]) <= sum(store.lens[0]) // 8  # free slots
             assert drive.cache.nbytes <= 0.6 * before and storage(store) <= 0.6 * real

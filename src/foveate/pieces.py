@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .methods.base import AttnInput, Method
 
-ROWS = 1 << 19  # query rows, counted for each head, of a piece at least: tiles for every multiprocessor many times over
+ROWS = 1 << 20  # query rows, counted for each head, of a piece at least: tiles for every multiprocessor many times over
 
 
 def ranges(x: AttnInput, method: Method | None) -> list[tuple[int, int]]:

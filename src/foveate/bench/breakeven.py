@@ -351,11 +351,16 @@ def breakevens(data: dict[str, Any]) -> list[BreakEven]:
 
 
 def entries(data: dict[str, Any]) -> Table:
-    """A result as a table of `payoff`, methods named as they describe themselves today: the file may know fewer options."""
+    """A result as a table of `payoff`, methods named as they describe themselves today: the file may know fewer options.
+
+    Without recipes that cut their cache: a gate would run dense over the cut cache, which is not what they were beside.
+    """
     s = data["shape"]
     about = dict(shape=f"{s['h']}/{s['g']} heads of {s['d']}, batch {s['b']}, {s['dtype']}", commit=data["commit"])
     methods: dict[str, dict[str, dict[str, Any]]] = {}
     for b in breakevens(data):
+        if Recipe.of(b.recipe).cache is not None:
+            continue
         entry = dict(length=b.length, shortest=min(b.speedups), longest=max(b.speedups), date=data["date"][:10])
         methods.setdefault(registry.parse(b.method).describe(), {})[b.phase] = entry | about
     return {data["device"]: methods}

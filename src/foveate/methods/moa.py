@@ -43,7 +43,7 @@ class MoA(Method):
     density: float = option(0.5, low=0, high=1, help="share of the causal pairs computed without a profile")
     sink: int = option(64, low=0, help="first tokens of the text, always included")
     block: int = option(64, low=1, help="fewest newest tokens a head sees")
-    slack: int = option(64, low=1, help="decode steps from one eviction to the next")
+    slack: int = option(256, low=1, help="decode steps from one eviction to the next")
     share: str = shared()  # type: ignore[misc]
     alpha_step: int = option(1024, low=1, help="tokens between the alphas that the search tries")
     betas: int = option(9, low=2, help="values of beta that the search tries")

@@ -47,7 +47,7 @@ class RazorAttention(Method):
     window: int = option(4000, low=1, help="fewest newest tokens the other heads keep")
     fraction: float = option(0.2, low=0.0, high=1.0, help="fraction of the prompt the other heads keep, its newest")
     compensate: bool = option(True, help="one mean entry stands for what was dropped")
-    slack: int = option(64, low=1, help="decode steps from one eviction to the next")
+    slack: int = option(256, low=1, help="decode steps from one eviction to the next")
 
     id: ClassVar[str] = "razor_attention"
     roles: ClassVar[tuple[str, ...]] = ("prefill", "decode", "cache")

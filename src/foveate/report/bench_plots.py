@@ -40,7 +40,7 @@ def digest(data: dict[str, Any]) -> str:
 
 
 def _blocks(rows: list[dict[str, Any]]) -> Any:
-    mine = [r for r in rows if r["params"]["D"] == 128]
+    mine = [r for r in rows if r["params"]["D"] == 128 and "width" in r["params"]]
     panels = sorted({(r["params"]["N"], r["params"]["width"]) for r in mine}, key=lambda p: (p[0], -p[1]))
     figure, axes = subplots(1, len(panels), (4.6 * len(panels), 3.4))
     for axis, (n, width) in zip(axes, panels, strict=True):
@@ -191,5 +191,5 @@ def reused(there: str, data: dict[str, Any]) -> bool:
     return f"made from {digest(data)} " in there
 
 
-_DRAWN = {"h100_blocks_fa4": _blocks, "h100_backward": _backward, "h100_estimate": _estimate}
+_DRAWN = {"h100_blocks_fa4": _blocks, "h200_blocks_fa4": _blocks, "h100_backward": _backward, "h100_estimate": _estimate}
 _KINDS = {"breakeven": _breakeven, "prefill attention": _prefill}

@@ -26,7 +26,8 @@ class Bounds:
 
     `update` brings it up to date with a view and reads only the pages that changed since: the last one in a decode
     step. Pages are numbered by entries, so evicted caches and rows of different length need nothing special. It lives
-    in `state.layer`, whose truncate, fork and reorder it follows; a truncated page is computed again from its keys.
+    in `state.layer`, whose truncate, fork and reorder it follows; a truncated page is computed again from its keys, and so
+    are pages of keys that a store has turned into codes since, so that bounds are those of the keys attention reads.
     """
 
     def __init__(self, page: int):
@@ -34,6 +35,7 @@ class Bounds:
         self.data: Tensor | None = None  # [B, G, pages, 2D]: maxima, then minima, side by side for one product
         self.done = 0  # entries of the longest row that are covered
         self.len: Tensor | None = None  # int [B, G] entries covered, where rows or heads differ
+        self.coded: Tensor | None = None  # int32 [B, G], of a view that holds codes: keys in codes when it was covered
         self._fresh: weakref.ref[Tensor] | None = None  # the lengths of a view that is covered already, see `joined`
 
     def update(self, kv: KV) -> None:
@@ -47,7 +49,8 @@ class Bounds:
             return
         if (kernels := self._steady(kv)) is not None:
             self._reserve(kv, pages)
-            kernels.update(kv, self.data, self.page, self.done if self.len is None else self.len)
+            more = () if _pair(kv) is None else (self.coded,)
+            kernels.update(kv, self.data, self.page, self.done if self.len is None else self.len, *more)
             self.done = m
             return
         start: int | None = 0  # first page to read again; None: the last page of every row and head
@@ -59,6 +62,8 @@ class Bounds:
             start = None
         elif kv.pos is None and self.done == m and self._same(kv.len):
             return
+        if (first := self._recoded(kv)) is not None:
+            start = first if start is None else min(start, first)
         self._reserve(kv, pages)
         if start is None:
             self._last(kv)
@@ -128,6 +133,7 @@ class Bounds:
         out = Bounds(self.page)
         out.data = None if self.data is None else self.data.clone()
         out.done, out.len = self.done, None if self.len is None else self.len.clone()
+        out.coded = None if self.coded is None else self.coded.clone()
         return out
 
     def reorder(self, index: Tensor) -> None:
@@ -136,6 +142,8 @@ class Bounds:
             self.data = self.data.index_select(0, index.to(self.data.device))
         if self.len is not None:
             self.len = self.len.index_select(0, index.to(self.len.device))
+        if self.coded is not None:
+            self.coded = self.coded.index_select(0, index.to(self.coded.device))
 
     # ------------------------------------------------------------------ inside
     def _steady(self, kv: KV) -> ModuleType | None:
@@ -147,11 +155,27 @@ class Bounds:
         same = (kv.len is None) == (self.len is None) and kv.pos is None and kv.kind != "ragged"
         if not (few and same):
             return None
+        if (pair := _pair(kv)) is not None:
+            return None if self.coded is None else fused.codes(pair.keys.tail)
         if not isinstance(kv, PackedKV) or kv.made or kv.packed is None:
             return fused.pages(kv.k)
-        if isinstance(kv.packed, CodedPair):
-            return fused.codes(kv.packed.keys.tail)
+        assert not isinstance(kv.packed, CodedPair)
         return fused.thinned(kv.packed.tail)
+
+    def _recoded(self, kv: KV) -> int | None:
+        """The first page with a key that has become a code since the last call, which is noted; None if there is none."""
+        if (pair := _pair(kv)) is None:
+            self.coded = None
+            return None
+        old, new = self.coded, pair.keys.done[:, None].expand(kv.shape[:2]).to(torch.int32)
+        if old is not None and old.shape == new.shape and torch.equal(old, new):
+            return None
+        if old is None or old.shape != new.shape:
+            self.coded = new.contiguous().clone()
+            return None if self.data is None else 0
+        first = int(torch.minimum(old, new).min()) // self.page
+        old.copy_(new)  # where it is: captured steps write there
+        return first
 
     def _same(self, lengths: Tensor | None) -> bool:
         if lengths is None or self.len is None:
@@ -210,3 +234,8 @@ class Bounds:
         if kv.kind == "dense":
             return kv.k.gather(2, entries[..., None].expand(-1, -1, -1, kv.k.shape[-1]))
         return kv.flat()[0][kv.rows(entries)]
+
+
+def _pair(kv: KV) -> CodedPair | None:
+    """The codes of a view whose keys are codes as far as its store has got, and exact behind that."""
+    return kv.packed if isinstance(kv, PackedKV) and isinstance(kv.packed, CodedPair) else None

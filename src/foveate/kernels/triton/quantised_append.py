@@ -115,14 +115,15 @@ def append(
 
 @triton.jit(do_not_specialize=["covered_n", "size_n", "rows", "few", "tail_rows", "ring"])
 def bounds_of_codes(
-    codes, scale, low, tail, done, covered, length, data, covered_n, size_n,
+    codes, scale, low, tail, done, covered, coded, length, data, covered_n, size_n,
     kv_heads, data_rows, rows, few, tail_rows, ring,
     WIDTH: tl.constexpr, KEYS: tl.constexpr,  # entries of a page of bounds, and of a step over one
     BITS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Bounds of the pages that hold entries from `covered` on, as `paging.update_bounds` makes them. grid: (B * G,).
+    """Bounds of the pages that hold entries from `covered` on, as `paging.update_bounds` makes them, and of those whose keys
+    have become codes since `coded` said how many were. grid: (B * G,).
 
-    Keys are those of `packed.Coded`, contiguous; done int64 `[B]`.
+    Keys are those of `packed.Coded`, contiguous; done int64 `[B]`; coded int32 `[B, G]`, which this brings up to date.
     """
     row = tl.program_id(0)
     wide = row.to(tl.int64)
@@ -132,8 +133,10 @@ def bounds_of_codes(
     was = covered_n
     if covered is not None:
         was = tl.load(covered + row).to(tl.int32)
-        tl.debug_barrier()  # every warp has read it before one of them writes it below
     old = tl.load(done + row // kv_heads).to(tl.int32)
+    before = tl.load(coded + row)
+    tl.debug_barrier()  # every warp has read both before one of them writes them below
+    was = tl.where(before == old, was, tl.minimum(was, tl.minimum(before, old)))
     codes, scale, low, tail = _begin(codes, scale, low, tail, wide, rows, few, tail_rows, W, D, D)
     c, c_ok = _channels(BITS, W, W_PAD)
     data += wide * data_rows * (2 * D)
@@ -158,17 +161,19 @@ def bounds_of_codes(
         at = data + page * (2 * D) + c
         tl.store(at, high.to(data.dtype.element_ty), mask=c_ok)
         tl.store(at + D, bottom.to(data.dtype.element_ty), mask=c_ok)
+    tl.store(coded + row, old)
     if covered is not None:
         tl.store(covered + row, size.to(covered.dtype.element_ty))
 
 
-def update(kv: PackedKV, data: Tensor, width: int, covered: Tensor | int) -> None:
-    """`paging_launch.update` for keys in codes, of which it unpacks those of the pages that changed."""
+def update(kv: PackedKV, data: Tensor, width: int, covered: Tensor | int, coded: Tensor) -> None:
+    """`paging_launch.update` for keys in codes, of which it unpacks those of the pages that changed. coded: int32 `[B, G]`,
+    contiguous, how many keys were codes at the last call; brought up to date."""
     assert isinstance(kv.packed, CodedPair)
     (b, g, m, d, _), x = kv.shape, kv.packed.keys
     here, w = isinstance(covered, Tensor), x.codes.shape[3]
     bounds_of_codes[(b * g,)](
-        *(t.contiguous() for t in (x.codes, x.scale, x.low, x.tail)), x.done, covered if here else None,
+        *(t.contiguous() for t in (x.codes, x.scale, x.low, x.tail)), x.done, covered if here else None, coded,
         kv.len.contiguous() if here and kv.len is not None else None, data, 0 if here else covered, m,
         g, data.shape[2], x.codes.shape[2], x.scale.shape[2], x.tail.shape[2], x.ring,
         WIDTH=width, KEYS=min(32, triton.next_power_of_2(width)), BITS=x.bits, GROUP=x.group, W=w,
