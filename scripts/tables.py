@@ -84,7 +84,7 @@ def end_to_end_table(bench: dict[str, Any]) -> str:
 
 def blocks_table(data: dict[str, Any], width: int | None = None) -> str:
     """TFLOP/s by case (rows) and implementation (columns) at D 128, `width`: of this key block alone."""
-    blocks = (r for r in data["rows"] if "width" in r["params"] and r["params"]["D"] == 128)
+    blocks = (r for r in data["rows"] if " keep " in r["case"] and r["params"]["D"] == 128)
     rows = [r for r in blocks if width in (None, r["params"]["width"])]
     impls = [i for i in ("gluon", "fa4", "triton", "cudnn") if any(r["impl"] == i for r in rows)]
     cases = list(dict.fromkeys(r["case"] for r in rows))

@@ -40,7 +40,7 @@ def digest(data: dict[str, Any]) -> str:
 
 
 def _blocks(rows: list[dict[str, Any]]) -> Any:
-    mine = [r for r in rows if r["params"]["D"] == 128 and "width" in r["params"]]
+    mine = [r for r in rows if r["params"]["D"] == 128 and " keep " in r["case"]]  # block lists
     panels = sorted({(r["params"]["N"], r["params"]["width"]) for r in mine}, key=lambda p: (p[0], -p[1]))
     figure, axes = subplots(1, len(panels), (4.6 * len(panels), 3.4))
     for axis, (n, width) in zip(axes, panels, strict=True):
