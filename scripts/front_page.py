@@ -170,9 +170,10 @@ def _drafts(found: Found) -> Iterator[tuple[str, ...]]:
 
 
 def _accepted(found: Found, drafts: int) -> tuple[float, float] | None:
-    """The fewest and the most of so many drafts that stood, mean of a task, where drafts read 15 % of an 8K prompt."""
+    """The fewest and the most of so many drafts that stood, mean of a task, where drafts read 5 % of an 8K prompt, as many
+    as in the cycle beside which this stands."""
     rows = found["h200_accept_smollm2"]["rows"] if "h200_accept_smollm2" in found else []
-    mine = [r["params"] for r in rows if r["case"].startswith("8192 ") and "ratio=0.15" in r["params"].get("recipe", "")]
+    mine = [r["params"] for r in rows if r["case"].startswith("8192 ") and "ratio=0.05" in r["params"].get("recipe", "")]
     means = [p["accepted"] for p in mine if p["drafts"] == drafts and p.get("accepted") is not None]
     return (min(means), max(means)) if means else None
 

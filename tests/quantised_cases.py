@@ -316,4 +316,5 @@ def check_replays(text, rows, monkeypatch):
     assert replays == 0 and not {"k", "v"} & set(seen)
     assert torch.equal(got, want), ((got - want).abs().amax((1, 2)) > 0).nonzero()[0]  # the first step that differs
     far = (got - loose).abs()
-    assert far[:4].max() < 2e-3 and far.median() < 1e-3, (far[:4].max(), far.median())
+    late = (far > 2e-3).float().mean()
+    assert far[:4].max() < 2e-3 and far.median() < 1e-3 and late < 5e-2, (far[:4].max(), far.median(), late)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from foveate import measure
 from foveate.adapters.transformers import use
 from foveate.diagnosis import GRID, sample_rows
 from foveate.errors import ConfigError
+from foveate.kv import KV
+from foveate.layout import Layout, Part, Parts
 from foveate.measure import _busy, _kl, compare
 from foveate.payoff import PayOff
 from foveate.recipe import Recipe
@@ -99,6 +102,21 @@ def test_mass_kept_is_the_softmax_mass_of_named_pairs():
     cell = torch.arange(90) * GRID // 90
     pooled = torch.zeros(GRID, GRID).index_add_(1, cell, p[1, rows])
     torch.testing.assert_close(cells, pooled, atol=1e-3, rtol=0)
+
+
+def test_a_part_over_the_same_entries_by_number_counts():
+    """What duo_attention plans on a GPU over the cache it has cut; parts with keys of their own count for nothing."""
+    from foveate.diagnosis import of_entries
+    from foveate.methods.base import AttnInput
+
+    q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 20, 8)
+    kv = KV.dense(k, k, pos=torch.arange(30, 50).expand(1, 2, 20))
+    x = AttnInput(q, kv, "decode", 0, 1, 1.0, q_pos=torch.tensor([[49]]))
+    near = Layout.static(x.shape, sink=2, window=5)
+    counted, other = replace(kv, pos=None), KV.dense(k[:, :, :4], k[:, :, :4])
+    ((layout, view),) = of_entries(x, Parts((Part(near, kv=counted), Part(Layout.dense(1, 2, 1, 4), kv=other))))
+    assert view is counted and layout.pairs(view).tolist() == [[7, 7]]
+    assert of_entries(x, Parts((Part(near, q=q.clone()),))) == [] and of_entries(x, near)[0][1] is kv
 
 
 def test_numbers_add_up(result):

@@ -30,7 +30,7 @@ def place(wrong: Tensor, axes: tuple[str, ...] | None = None) -> str:
 
 def shape_fits(shape: Sequence[int]) -> None:
     """(B, H, N, M), whole numbers from 1 on."""
-    if len(shape) != 4 or not all(isinstance(n, int) and n >= 1 for n in shape):
+    if len(shape) != 4 or not all(hasattr(n, "__index__") and n >= 1 for n in shape):
         raise LayoutError(f"shape: expected four whole numbers B, H, N, M >= 1, got {shape}")
 
 

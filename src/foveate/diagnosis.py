@@ -15,7 +15,7 @@ from torch import Tensor
 from .kernels.base import Want
 from .kernels.dispatch import choose
 from .kv import KV
-from .layout import Layout, Parts
+from .layout import Layout, Part, Parts
 from .methods.base import AttnInput
 from .recipe import Recipe
 
@@ -125,28 +125,28 @@ class Diagnosis:
     # ------------------------------------------------------------------ pairs
     def _count(self, x: AttnInput, plan: Layout | Parts, rows: Tensor) -> Tensor | None:
         """Add up pairs; the named ones on the sampled rows as bool `[H, R, M]`, None for parts with their own keys."""
-        layouts = [plan] if isinstance(plan, Layout) else [p.layout for p in plan.parts if p.kv is None and p.q is None]
+        layouts = of_entries(x, plan)
         whole = isinstance(plan, Layout) or len(layouts) == len(plan.parts)
         visible_pairs = int(Layout.dense(*x.shape, q_pos=x.layout_pos()).pairs(x.kv).sum())
         seen = visible_pairs
         if x.phase == "decode":  # evicted entries count as well
             assert x.q_pos is not None
             seen = x.q.shape[1] * int((x.q_pos + 1).sum())
-        for i, layout in enumerate(layouts):
-            computed = layout.density_computed(self._tiling(x, layout), x.kv) * visible_pairs
-            self.named[x.phase].add(float(layout.pairs(x.kv).sum()), 0 if i else seen)
+        for i, (layout, kv) in enumerate(layouts):
+            computed = layout.density_computed(self._tiling(x, layout, kv), kv) * visible_pairs
+            self.named[x.phase].add(float(layout.pairs(kv).sum()), 0 if i else seen)
             self.computed[x.phase].add(computed, 0 if i else seen)
         if not whole:
             return None
-        named = layouts[0].to_mask(x.kv, rows=rows)[0]
-        for layout in layouts[1:]:
-            named = named | layout.to_mask(x.kv, rows=rows)[0]
+        named = layouts[0][0].to_mask(layouts[0][1], rows=rows)[0]
+        for layout, kv in layouts[1:]:
+            named = named | layout.to_mask(kv, rows=rows)[0]
         return named
 
-    def _tiling(self, x: AttnInput, layout: Layout) -> tuple[int, int] | None:
+    def _tiling(self, x: AttnInput, layout: Layout, kv: KV) -> tuple[int, int] | None:
         sees = {s for m in self.recipe.methods if x.phase in m.observes for s in m.sees}
         want = Want(lse="lse" in sees, mass="mass" in sees, softcap=bool(x.softcap))
-        module = choose(x.q, x.kv, layout, want, self.backend)
+        module = choose(x.q, kv, layout, want, self.backend)
         self.backends[module.NAME] = None
         return module.tiling(layout)  # type: ignore[no-any-return]
 
@@ -184,16 +184,23 @@ class Diagnosis:
 
     def _computed_rows(self, x: AttnInput, plan: Layout | Parts, rows: Tensor) -> Tensor:
         """bool `[H, R, M]`: pairs the kernel computes, its tiling included."""
-        layouts = [plan] if isinstance(plan, Layout) else [p.layout for p in plan.parts]
         out = torch.zeros(x.q.shape[1], len(rows), x.kv.capacity, dtype=torch.bool, device=x.device)
-        for layout in layouts:
-            tiling = None if layout.full else self._tiling(x, layout)
+        for layout, kv in of_entries(x, plan):
+            tiling = None if layout.full else self._tiling(x, layout, kv)
             if tiling is None:
-                out |= layout.to_mask(x.kv, rows=rows)[0]
+                out |= layout.to_mask(kv, rows=rows)[0]
             else:
                 blocks = layout.to_block_mask(*tiling)[0]
                 out |= blocks[:, rows // tiling[0]].repeat_interleave(tiling[1], -1)[..., : x.kv.capacity]
         return out
+
+
+def of_entries(x: AttnInput, plan: Layout | Parts) -> list[tuple[Layout, KV]]:
+    """The layouts of a plan over the entries and queries of the call, each with the view it counts in: parts with keys or
+    queries of their own are left out, but for a view of the same storage by entry number."""
+    parts = (Part(plan),) if isinstance(plan, Layout) else plan.parts
+    same = (p for p in parts if p.q is None and (p.kv is None or (p.kv.k is x.kv.k and p.kv.capacity == x.kv.capacity)))
+    return [(p.layout, p.kv or x.kv) for p in same]
 
 
 def sample_rows(n: int, seed: int) -> Tensor:

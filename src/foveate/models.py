@@ -251,6 +251,8 @@ def _load_hub(name: str, kind: torch.dtype) -> tuple[Any, Any]:
     try:
         return _from_pretrained(name, kind, local_files_only=True)
     except ConfigError as err:
+        if not isinstance(err.__cause__, OSError):  # the copy is there, but cannot be used
+            raise
         what = "no such folder here, no whole copy in the local cache of the Hugging Face hub, and the hub does not answer"
         raise ConfigError(f"model {name!r}: {what} ({why})") from err
 

@@ -125,6 +125,8 @@ class Graphs:
                 return f"{method.id} looks at the result of every step"
             if decodes and method.phase(0) is None:
                 return f"{method.id} plans on the host"
+            if decodes and method.whole_text and recipe.evicts:
+                return f"{method.id} asks the device how far a text has come of which entries were dropped"
         for layer in kwargs["past_key_values"].layers:
             if not fixable(layer.cache.store):
                 return f"storage of kind {layer.cache.store.kind!r} grows on the host"

@@ -103,7 +103,8 @@ class Handle:
             kwargs["past_key_values"] = cache
         seen = cache.get_seq_length() if cache is not None else 0
         if n == 0:  # what `generate` leaves of a question without the tokens of its document
-            raise ShapeError(f"input_ids: expected the {seen} tokens of past_key_values and more after them, got no new one")
+            before = f"the {seen} tokens of past_key_values and more after them" if seen else "at least one token"
+            raise ShapeError(f"input_ids: expected {before}, got no new one")
         valid, counts = _real_tokens(kwargs.get("attention_mask"), b, n, seen)
         if cache is not None and valid is not None:
             cache.pad(seen, valid)

@@ -145,8 +145,9 @@ class Subject:
 
     def dropping(self) -> tuple[int, float]:
         """(steps from one that drops entries to the next, milliseconds of such a step), or (0, 0) without captured steps,
-        which have their drops in them, or a policy that names its steps. It runs as it is and may move what graphs read: the
-        last thing that is asked."""
+        which have their drops in them, or a policy that names its steps. It runs as it is, the host's launches
+        counted, and may move what graphs read: the last thing that is asked. One token has come since the drop before, so
+        what moves is what always moves, but a head whose window grows by fractions may have nothing to drop."""
         policy = self.recipe.cache
         if not self.captured or not isinstance(policy, Method) or type(policy).evict is Method.evict:
             return 0, 0.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from ..diagnosis import Diagnosis
+from ..diagnosis import Diagnosis, of_entries
 from ..layout import Layout, Parts
 from ..methods.base import AttnInput
 from ..recipe import Recipe
@@ -40,16 +41,14 @@ class Look(Diagnosis):
             self.steps[x.layer] = done + 1
         if self.whole:
             super().attended(x, plan, out)
-        layouts = [plan] if isinstance(plan, Layout) else [p.layout for p in plan.parts if p.kv is None and p.q is None]
+        layouts = of_entries(x, plan)
         assert x.q_pos is not None
         rows = (x.q_pos[0] >= self.question_at).nonzero()[:, 0][-ROWS:]
         if not self.needles or not layouts or not len(rows) or x.window is not None:
             return
         at = x.kv.positions()[0]  # [G or 1, M] text positions of the entries
         exists = x.kv.exists()[0]
-        named = layouts[0].to_mask(x.kv, rows=rows)[0]
-        for layout in layouts[1:]:
-            named = named | layout.to_mask(x.kv, rows=rows)[0]
+        named = torch.stack([layout.to_mask(kv, rows=rows)[0] for layout, kv in layouts]).any(0)
         heads = named.any(1)  # [H, M]
         seen = heads.new_ones(heads.shape[0])
         for first, last in self.needles:

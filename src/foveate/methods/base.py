@@ -264,6 +264,7 @@ class Method:
         evicted_ok: prefill planning works on a cache whose entries are no longer all positions 0..M-1.
         apart: in prefill no head looks at another and nothing is remembered: `plan` may get some kv heads at a time.
         together: `compress` keeps no state and takes rows of equal lengths as one batch.
+        whole_text: decode steps are captured only over caches that drop no entry.
         knob: the hyperparameter that the generic offline search bisects, or None (see `search.py`).
         extends: re-assigned positions keep every distance inside the model's range, so prompts may be longer than it.
     """
@@ -280,6 +281,7 @@ class Method:
     evicted_ok: ClassVar[bool] = False
     apart: ClassVar[bool] = False
     together: ClassVar[bool] = False
+    whole_text: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     knob: ClassVar[Knob | None] = None
     extends: ClassVar[bool] = False

@@ -66,6 +66,7 @@ class Qwen1M(Method):
     source: ClassVar[str] = "Yang et al. 2025, arXiv 2501.15383"
     extends: ClassVar[bool] = True
     apart: ClassVar[bool] = True  # a plan of a long prompt has three outputs
+    whole_text: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "1m": {"chunk": 262144, "local": 8192, "original": 262144},
         "8k": {"threshold": 2048, "columns": 800, "diagonals": 100},
@@ -195,8 +196,6 @@ class Qwen1M(Method):
             return None
         longest = m
         if moved_about:  # one look at the device per step, not per layer
-            if x.q.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise UnsupportedError("qwen1m: over a cache that drops entries each step asks the device for its length")
             if "qwen1m.longest" not in state.step:
                 state.step["qwen1m.longest"] = int(x.positions().max()) + 1
             longest = state.step["qwen1m.longest"]

@@ -62,7 +62,8 @@ class Bounds:
             start = None
         elif kv.pos is None and self.done == m and self._same(kv.len):
             return
-        if (first := self._recoded(kv)) is not None:
+        whole = kv.pos is not None and kv.device.type == "cuda" and m <= FEW  # read whole: nothing to ask the device
+        if not whole and (first := self._recoded(kv)) is not None:
             start = first if start is None else min(start, first)
         self._reserve(kv, pages)
         if start is None:
