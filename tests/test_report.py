@@ -205,17 +205,27 @@ def test_figures(shown, want):
 def test_summary_is_honest(comparison):
     text = report.summary(comparison)
     assert "flexprefill@8k (0.70x of dense)" in text and "snapkv" not in text  # snapkv is faster but answers wrongly
-    wrong = Comparison(comparison.facts, [row("dense", answered=False), row("x", 0.5)])
+    wrong = Comparison(comparison.facts, [row("dense", answered=False), row("streaming_llm", 0.5)])
     assert "Dense attention itself does not give the answer" in report.summary(wrong)
-    none = Comparison(comparison.facts, [row("dense"), row("x", 2.0)])
+    none = Comparison(comparison.facts, [row("dense"), row("streaming_llm", 2.0)])
     assert "none is smaller than dense here, or faster by 5%" in report.summary(none)
+
+
+def test_summary_names_only_who_acts_in_a_phase(comparison):
+    """A recipe of decode alone has dense's prompt: its earlier first token is noise. A cache policy does act in decode."""
+    dense, fast = row("dense"), dict(first_token=0.1, tokens_per_second=1e6)
+    for text, first, decode in (("quest", False, True), ("prefill=minference", True, False), ("snapkv", False, True)):
+        said = report.summary(Comparison(comparison.facts, [dense, replace(row(text), **fast)]))
+        assert (f"first token comes from {text}" in said, f"fastest decode from {text}" in said) == (first, decode)
 
 
 @pytest.mark.parametrize("first, rate, said", [(0.97, 1.03, False), (0.94, 1.0, True), (1.0, 1.06, True)])
 def test_summary_calls_nothing_faster_that_one_pass_cannot_tell(comparison, first, rate, said):
     """Three per cent may be noise, six may not."""
     dense = row("dense")
-    other = replace(row("x"), first_token=first * dense.first_token, tokens_per_second=rate * dense.tokens_per_second)
+    other = replace(
+        row("streaming_llm"), first_token=first * dense.first_token, tokens_per_second=rate * dense.tokens_per_second
+    )
     text = report.summary(Comparison(comparison.facts, [dense, other]))
     assert ("of dense)" in text) is said and ("none is smaller" in text) is not said
 
@@ -230,8 +240,8 @@ def test_summary_orders_no_speeds_that_were_taken_beside_other_work(comparison, 
         text = report.summary(made)
         assert made.busy and json.loads(made.to_json())["busy"] is True
         assert "no order of speed is certain" in text and "of dense" not in text and "fastest" not in text
-    for kv_bytes, said in ((1, "the smallest cache from x"), (2**40, "none is smaller")):
-        other = row("x", 0.5, kv_bytes=kv_bytes, notes=[measure.BUSY_NOTE])
+    for kv_bytes, said in ((1, "the smallest cache from streaming_llm"), (2**40, "none is smaller")):
+        other = row("streaming_llm", 0.5, kv_bytes=kv_bytes, notes=[measure.BUSY_NOTE])
         text = report.summary(Comparison(made.facts, [row("dense"), other]))
         assert said in text and "faster" not in text
     monkeypatch.setattr("foveate.report.plots.available", lambda: False)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..measure import Comparison, Row
+from ..recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ CLEAR = 0.95  # of dense's time: one timed pass each cannot tell less from noise
 def summary(comparison: Comparison) -> str:
     """One honest sentence: the rows that are clearly faster and still give dense's answer, or that there are none.
 
+    Only recipes that act in a phase are named for its speed: what the others differ in is the spread of single passes.
     Where other work took the cores during any of the timed passes, it names the smallest cache alone and says why.
     """
     dense = comparison.dense
@@ -139,15 +141,21 @@ def summary(comparison: Comparison) -> str:
         return "Dense attention itself does not give the answer here, so the answers of the others say nothing."
     if not good or not dense.first_token or not dense.tokens_per_second:
         return "No recipe gives the answer that dense attention gives." if comparison.rows[1:] else ""
-    first = min(good, key=lambda r: r.first_token or 0.0)
-    decode = max(good, key=lambda r: r.tokens_per_second or 0.0)
+    prefills, decodes = ([r for r in good if _acts(r.recipe, phase)] for phase in ("prefill", "decode"))
+    first = min(prefills, key=lambda r: r.first_token or 0.0, default=dense)
+    decode = max(decodes, key=lambda r: r.tokens_per_second or 0.0, default=dense)
     small = min(good, key=lambda r: r.kv_bytes or 0)
     busy, parts = comparison.busy, []
-    if not busy and first.first_token and first.first_token <= CLEAR * dense.first_token:
+    if not busy and first is not dense and first.first_token and first.first_token <= CLEAR * dense.first_token:
         parts.append(
             f"the earliest first token comes from {first.recipe} ({times(first.first_token, dense.first_token)} of dense)"
         )
-    if not busy and decode.tokens_per_second and CLEAR * decode.tokens_per_second >= dense.tokens_per_second:
+    if (
+        not busy
+        and decode is not dense
+        and decode.tokens_per_second
+        and CLEAR * decode.tokens_per_second >= dense.tokens_per_second
+    ):
         speed = times(decode.tokens_per_second, dense.tokens_per_second)
         parts.append(f"the fastest decode from {decode.recipe} ({speed} of dense)")
     if small.kv_bytes and dense.kv_bytes and small.kv_bytes < dense.kv_bytes:
@@ -158,3 +166,10 @@ def summary(comparison: Comparison) -> str:
         parts.append(f"none is smaller than dense here{faster}")
     doubt = " Other work was running on this machine, so no order of speed is certain." if busy else ""
     return f"Of the recipes {same}, {'; '.join(parts)}.{doubt}"
+
+
+def _acts(text: str, phase: str) -> bool:
+    """Whether a recipe does anything but dense attention in a phase; what it does to the cache counts for decode."""
+    recipe = Recipe.of(text)
+    own, policies = getattr(recipe, phase), (recipe.heads, recipe.cache if phase == "decode" else None)
+    return (own is not None and own.id != "dense") or any(p is not None for p in policies)
