@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from foveate.bench.prefill import Turn
 from foveate.kernels.dispatch import attend
 from foveate.kv import KV
 from foveate.layout import Parts
@@ -18,23 +19,6 @@ from foveate.registry import parse
 from foveate.scores import fused
 from foveate.scores.dual_chunk import AtOnce
 from tests.profiles import folder
-
-
-class Turn:
-    """A rotation of halves, on any device."""
-
-    def _turn(self, x, pos, sign):
-        freq = 1e4 ** (-torch.arange(0, x.shape[-1], 2, device=x.device) / x.shape[-1])
-        a = pos[:, None, :, None].double() * freq.double()
-        c, s = a.cos().to(x.dtype), sign * a.sin().to(x.dtype)
-        x1, x2 = x.chunk(2, -1)
-        return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
-
-    def rotate(self, x, pos):
-        return self._turn(x, pos, 1.0)
-
-    def unrotate(self, x, pos):
-        return self._turn(x, pos, -1.0)
 
 
 def profiles(layers, h, g):

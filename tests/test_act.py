@@ -183,7 +183,9 @@ def test_a_cache_that_stores_all_entries_otherwise_keeps_the_sinks(cache, lens):
         d(*(t[:, :, 91:111] for t in (q, k, v)))
     for one, other in zip(plain.cache.rows, stored.cache.rows, strict=True):
         assert one["act.sinks"].mass.shape == other["act.sinks"].mass.shape
-        torch.testing.assert_close(one["act.sinks"].mass, other["act.sinks"].mass, atol=1.0, rtol=0.1)
+        exact = "bits=16" in cache  # else the second part read stored keys, and the means are those of them
+        close = {} if exact else dict(atol=1.0, rtol=0.1)
+        torch.testing.assert_close(one["act.sinks"].mass, other["act.sinks"].mass, **close)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import foveate
-from tests.models import generate, tiny, tokens
+from tests.gpu.capturing import check_model, small
+from tests.models import generate, tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,23 +47,11 @@ def exact_products():
 def test_replayed_steps_are_the_steps(which, rows, n):
     """The three with profiles cut their caches too, and drop entries every 12 steps on the way."""
     recipe = [*(f"decode={text}" for text in (*HIP, *CHUNKS)), *cases.profiles(4, 4, 2)][which]
-    model = tiny(num_hidden_layers=4, hidden_size=256, head_dim=64, max_position_embeddings=4096).to("cuda")
-    ids = tokens(rows, n).cuda()
-    mask = torch.ones_like(ids)
-    if rows > 1:
-        mask[1, :133] = 0
-    run = lambda: generate(model, ids, mask, max_new_tokens=50, min_new_tokens=50)  # noqa: E731
-    with foveate.use(model, recipe):
-        want = run()
-    with foveate.use(model, recipe, graphs=True) as handle:
-        got = run()
-        assert handle.graphs.replays >= 36, handle.notes
-    assert torch.equal(got.sequences, want.sequences)
-    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-3, rtol=1e-3)
+    check_model(recipe, rows, prompt=n, new=50, eager=14)
 
 
 def test_chunks_over_a_cut_cache_are_not_captured_and_say_so():
-    model = tiny(num_hidden_layers=4, hidden_size=256, head_dim=64, max_position_embeddings=4096).to("cuda")
+    model = small()
     recipe, ids = f"decode={CHUNKS[0]}+cache=snapkv:window=16,capacity=200", tokens(1, 500).cuda()
     with foveate.use(model, recipe):
         want = generate(model, ids)
